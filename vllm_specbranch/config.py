@@ -1,0 +1,260 @@
+"""The settings: a frozen `SpecBranchConfig`, its validation and its defaults.
+
+Owns every user-facing key of `speculative_config` and is the only reader of environment variables. Knows nothing of vLLM or
+torch: what needs the models (vocabulary, context) is checked in `speculative_config.py`. Runs in every process.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, cast
+
+from vllm_specbranch.errors import ConfigError
+
+METHOD = "specbranch"
+CONFIG_FILE_NAME = "specbranch.json"
+CONFIG_ENV = "VLLM_SPECBRANCH_CONFIG"
+
+PolicyName = Literal["pearl", "specbranch"]
+StopRule = Literal["confidence", "none"]
+
+# DESIGN: "from measured rounds, at most 50 ms".
+MAX_AUTO_REPLY_TIMEOUT_MS = 50.0
+
+EXAMPLE_SETTINGS = '{"model": "path or hub id of the draft model", "num_speculative_tokens": 8}'
+
+
+@dataclass(frozen=True)
+class OnMiss:
+    """What a request does after a miss (section 4 of the design).
+
+    Attributes:
+        kind: `go` submits what there is (often nothing), `wait` waits for `num_tokens`, `auto` weighs gain against cost.
+        num_tokens: for `wait`: drafted tokens to wait for, 1..64; 0 otherwise.
+    """
+
+    kind: Literal["auto", "go", "wait"]
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class SpecBranchConfig:
+    """The validated settings of one engine; the keys are those of `speculative_config`.
+
+    Attributes:
+        model: the draft model, a path or hub id.
+        num_speculative_tokens: most draft tokens in a chunk (the papers' gamma), 1..64.
+        policy: `pearl` (arXiv:2408.11850) or `specbranch` (arXiv:2506.01979).
+        max_branches: most branches at a branch point (k_max of arXiv:2506.01979), 1..64.
+        stop_rule: what ends a chunk: `confidence` or `none`.
+        stop_threshold: top probability below which `confidence` ends the chunk (the paper's epsilon), 0..1.
+        on_miss: see `OnMiss`.
+        draft_placement: where the draft server runs; `process` is a child process on this machine.
+        draft_device: index of the CUDA device that the draft server sees; None leaves the choice to placement.
+        draft_cpu_cores: CPU cores of the draft server; None means all cores that the target does not use.
+        draft_kv_cache_bytes: size of the draft KV cache; None means a default that fits the device.
+        draft_gpu_memory_utilization: share of the draft's GPU memory to use, 0..1; GPUs only.
+        reply_timeout_ms: longest wait for drafts in one engine step; None means derived from measured rounds.
+        quantization, revision, max_model_len: of the draft model, as in vLLM.
+        draft_tensor_parallel_size: 1 is the only value that works today.
+        enforce_eager: run the draft model without compilation.
+    """
+
+    model: str
+    num_speculative_tokens: int = 8
+    policy: PolicyName = "specbranch"
+    max_branches: int = 8
+    stop_rule: StopRule = "confidence"
+    stop_threshold: float = 0.3
+    on_miss: OnMiss = OnMiss("auto")
+    draft_placement: Literal["process"] = "process"
+    draft_device: int | None = None
+    draft_cpu_cores: tuple[int, ...] | None = None
+    draft_kv_cache_bytes: int | None = None
+    draft_gpu_memory_utilization: float = 0.9
+    reply_timeout_ms: float | None = None
+    quantization: str | None = None
+    revision: str | None = None
+    max_model_len: int | None = None
+    draft_tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+
+    @classmethod
+    def from_user(cls, settings: Mapping[str, object]) -> "SpecBranchConfig":
+        """Validate a user's `speculative_config`.
+
+        Args:
+            settings: the dict as given, with or without `method`; left unchanged.
+
+        Raises:
+            ConfigError: an unknown key, a missing `model`, or a value out of its range.
+        """
+        given = {key: value for key, value in settings.items() if key != "method"}
+        unknown = sorted(set(given) - set(_PARSERS))
+        if unknown:
+            raise ConfigError(given[unknown[0]], "one of the keys " + ", ".join(sorted(_PARSERS)), unknown[0])
+        if given.get("model") in (None, ""):
+            raise ConfigError(given.get("model"), "the path or hub id of the draft model (required)", "model")
+        policy = _choice("pearl", "specbranch")(given.get("policy", cls.policy), "policy")
+        defaults: dict[str, object] = {}
+        if policy == "pearl":
+            # PEARL submits all it has, has no second candidate, and goes on empty after a miss.
+            defaults = {"stop_rule": "none", "on_miss": "go", "max_branches": 1}
+        parsed = {key: _PARSERS[key](value, key) for key, value in (defaults | given).items() if value is not None}
+        config = cls(**cast(dict[str, object], parsed))  # type: ignore[arg-type]
+        config._check_policy()
+        return config
+
+    def _check_policy(self) -> None:
+        if self.policy == "pearl" and self.max_branches != 1:
+            raise ConfigError(self.max_branches, "1 with policy 'pearl', which has a single chain", "max_branches")
+
+
+def load_bare_word_settings(target_model: str) -> dict[str, object]:
+    """Settings for `--speculative-config specbranch`, from a file.
+
+    The file is the one that `VLLM_SPECBRANCH_CONFIG` names, else `specbranch.json` beside the target's config. A relative
+    `model` in it that exists beside the file is taken from there.
+
+    Raises:
+        ConfigError: no such file, or not a JSON object; the message says what to write.
+    """
+    named = os.environ.get(CONFIG_ENV)
+    path = Path(named) if named else Path(target_model) / CONFIG_FILE_NAME
+    field = CONFIG_ENV if named else "--speculative-config"
+    advice = f"with a file {path} that holds for example {EXAMPLE_SETTINGS}"
+    if not named:
+        advice += f" (or {CONFIG_ENV} set to such a file, or the settings themselves as JSON with \"method\": \"{METHOD}\")"
+    value = named or METHOD
+    try:
+        settings = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(value, advice, field) from error
+    except ValueError as error:
+        raise ConfigError(value, f"a file of valid JSON ({path}: {error})", field) from error
+    if not isinstance(settings, dict):
+        raise ConfigError(value, f"a JSON object in {path}, for example {EXAMPLE_SETTINGS}", field)
+    model = settings.get("model")
+    if isinstance(model, str) and not Path(model).is_absolute() and (path.parent / model).is_dir():
+        settings["model"] = str((path.parent / model).resolve())
+    return settings
+
+
+def draft_server_environment(overrides: Mapping[str, str], removed: tuple[str, ...]) -> dict[str, str]:
+    """The environment of a draft server: ours, less `removed`, with `overrides`."""
+    kept = {key: value for key, value in os.environ.items() if key not in removed}
+    return kept | dict(overrides)
+
+
+def target_core_settings() -> str | None:
+    """The cores that OpenMP gives the target in this process, in whichever variable vLLM wrote them; None if unbound."""
+    for name in ("OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"):
+        if os.environ.get(name):
+            return os.environ[name]
+    return None
+
+
+def _text(value: object, field: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(value, "a non-empty string", field)
+    return value
+
+
+def _flag(value: object, field: str) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(value, "true or false", field)
+    return value
+
+
+def _choice(*allowed: str) -> Callable[[object, str], str]:
+    def parse(value: object, field: str) -> str:
+        if not isinstance(value, str) or value not in allowed:
+            raise ConfigError(value, "one of " + ", ".join(repr(one) for one in allowed), field)
+        return value
+
+    return parse
+
+
+def _integer(low: int, high: int | None) -> Callable[[object, str], int]:
+    allowed = f"a whole number of at least {low}" if high is None else f"a whole number in {low}..{high}"
+
+    def parse(value: object, field: str) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+            raise ConfigError(value, allowed, field)
+        return value
+
+    return parse
+
+
+def _number(low: float, high: float) -> Callable[[object, str], float]:
+    def parse(value: object, field: str) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(value, f"a number in {low:g}..{high:g}", field)
+        return float(value)
+
+    return parse
+
+
+def _on_miss(value: object, field: str) -> OnMiss:
+    if isinstance(value, OnMiss):
+        return value
+    allowed = "'auto', 'go', or 'wait:N' with N in 1..64"
+    if value == "auto":
+        return OnMiss("auto")
+    if value == "go":
+        return OnMiss("go")
+    count = value.removeprefix("wait:") if isinstance(value, str) and value.startswith("wait:") else ""
+    if not (count.isascii() and count.isdecimal() and 1 <= int(count) <= 64):
+        raise ConfigError(value, allowed, field)
+    return OnMiss("wait", int(count))
+
+
+def parse_cores(value: object, field: str) -> tuple[int, ...]:
+    """Parse CPU cores: a list of numbers, or text such as `0-2,5`.
+
+    Raises:
+        ConfigError: no core, a negative number, or text of another form.
+    """
+    allowed = "a list of core numbers or text such as '0-2,5'"
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = [value]
+    if isinstance(value, str):
+        cores: list[int] = []
+        for part in value.split(","):
+            first, _, last = part.strip().partition("-")
+            if not (first.isdecimal() and (last or first).isdecimal()):
+                raise ConfigError(value, allowed, field)
+            cores += range(int(first), int(last or first) + 1)
+    elif isinstance(value, list | tuple) and all(isinstance(one, int) and not isinstance(one, bool) for one in value):
+        cores = list(value)
+    else:
+        raise ConfigError(value, allowed, field)
+    if not cores or min(cores) < 0:
+        raise ConfigError(value, allowed, field)
+    return tuple(sorted(set(cores)))
+
+
+_PARSERS: dict[str, Callable[[object, str], object]] = {
+    "model": _text,
+    "num_speculative_tokens": _integer(1, 64),
+    "policy": _choice("pearl", "specbranch"),
+    "max_branches": _integer(1, 64),
+    "stop_rule": _choice("confidence", "none"),
+    "stop_threshold": _number(0.0, 1.0),
+    "on_miss": _on_miss,
+    "draft_placement": _choice("process"),
+    "draft_device": _integer(0, None),
+    "draft_cpu_cores": parse_cores,
+    "draft_kv_cache_bytes": _integer(1, None),
+    "draft_gpu_memory_utilization": _number(0.01, 1.0),
+    "reply_timeout_ms": _number(1.0, 10_000.0),
+    "quantization": _text,
+    "revision": _text,
+    "max_model_len": _integer(1, None),
+    "draft_tensor_parallel_size": _integer(1, 1),
+    "enforce_eager": _flag,
+}
+
+assert set(_PARSERS) == {field.name for field in fields(SpecBranchConfig)}
