@@ -1,0 +1,293 @@
+"""The draft server in memory: right tokens, no leaked block, a reply to every commit, whatever the engine does."""
+
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.fakes import FakeDraftModel
+from vllm_specbranch import messages
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.draft_server import DraftServer, Limits
+from vllm_specbranch.errors import WireError
+from vllm_specbranch.kv_blocks import KVBlocks
+from vllm_specbranch.planner import Planner
+
+PEER = b"engine"
+BLOCK_SIZE = 4
+
+
+@dataclass
+class Clock:
+    """Time stands still unless a test moves it; each reading takes a microsecond."""
+
+    now_s: float = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += 1e-6
+        return self.now_s
+
+
+@dataclass
+class Engine:
+    """The other side: keeps the true sequences and checks every reply against the draft model's own greedy chain."""
+
+    server: DraftServer
+    model: FakeDraftModel
+    gamma: int
+    top_k: int
+    sequences: dict[str, list[int]] = field(default_factory=dict)
+    drafts: dict[str, list[int]] = field(default_factory=dict)
+    hits: dict[str, bool] = field(default_factory=dict)
+    round: int = 0
+
+    def open(self, name: str, tokens: list[int]) -> None:
+        self.sequences[name] = list(tokens)
+        self.drafts[name] = []
+        assert self.server.handle(PEER, messages.StepBegin([messages.Open(name, tokens)], [])) == []
+
+    def close(self, name: str) -> None:
+        del self.sequences[name], self.drafts[name]
+        self.server.handle(PEER, messages.StepBegin([], [name]))
+
+    def run(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            replies, worked = self.server.step()
+            assert replies == []
+            self.server.check_integrity()
+            if not worked:
+                break
+
+    def commit(self, outcomes: dict[str, tuple[int, list[int]]], max_wait_ms: float = 1e4, most_steps: int = 500) -> None:
+        """Commit `tokens` at `position` per request, collect the reply, check it."""
+        self.round += 1
+        commits = []
+        for name, (position, tokens) in outcomes.items():
+            self.sequences[name] = self.sequences[name][:position] + tokens
+            commits.append(messages.Commit(name, position, tokens))
+        replies = self.server.handle(PEER, messages.CommitBatch(self.round, max_wait_ms, commits))
+        for _ in range(most_steps):
+            if replies:
+                break
+            replies, _ = self.server.step()
+        self.server.check_integrity()
+        assert len(replies) == 1, "a commit batch is answered once, in bounded work"
+        peer, batch = replies[0]
+        assert peer == PEER
+        assert isinstance(batch, messages.DraftBatch)
+        assert batch.round == self.round
+        assert batch.unknown == []
+        assert {draft.request_id for draft in batch.drafts} == set(outcomes)
+        for draft in batch.drafts:
+            sequence = self.sequences[draft.request_id]
+            assert draft.position == len(sequence)
+            assert len(draft.tokens) <= self.gamma
+            assert draft.tokens == self.model.chain(sequence, len(draft.tokens), self.top_k)
+            self.drafts[draft.request_id] = draft.tokens
+            self.hits[draft.request_id] = draft.hit
+
+    def follow(self, name: str, num_accepted: int, then: int | None = None) -> tuple[int, list[int]]:
+        """An outcome that accepts part of the chunk; then the draft's own next token, or `then`."""
+        sequence, draft = self.sequences[name], self.drafts[name]
+        accepted = draft[:num_accepted]
+        final = self.model.chain(sequence + accepted, 1, self.top_k)[0] if then is None else then
+        return len(sequence), [*accepted, final]
+
+
+def make_engine(num_blocks: int = 400, limits: Limits | None = None, **keys: object) -> Engine:
+    user: dict[str, object] = {"model": "draft", "num_speculative_tokens": 4, "max_branches": 4} | keys
+    if user.get("policy") == "pearl":
+        del user["max_branches"]
+    config = SpecBranchConfig.from_user(user)
+    model = FakeDraftModel(num_blocks, BLOCK_SIZE)
+    server = DraftServer(model, KVBlocks(num_blocks, BLOCK_SIZE), Planner(config), limits or Limits(), Clock())
+    replies = server.handle(PEER, messages.Hello("s", model.vocab_size, 500))
+    assert replies == [(PEER, messages.Ready("s", model.max_model_len, num_blocks, BLOCK_SIZE))]
+    return Engine(server, model, config.num_speculative_tokens, config.max_branches)
+
+
+@pytest.mark.parametrize("policy", ["pearl", "specbranch"])
+def test_an_accepted_chunk_with_the_expected_bonus_token_is_a_hit(policy: str) -> None:
+    engine = make_engine(policy=policy)
+    engine.open("a", [1, 2, 3, 4, 5])
+    engine.run(100)
+    engine.commit({"a": engine.follow("a", 0)})
+    assert engine.hits["a"], "the first token after the prompt was the draft's first choice"
+    for _ in range(5):
+        engine.run(100)
+        engine.commit({"a": engine.follow("a", len(engine.drafts["a"]))})
+        assert engine.hits["a"]
+
+
+def test_specbranch_hits_on_a_second_candidate_where_pearl_misses() -> None:
+    hits = {}
+    for policy in ("pearl", "specbranch"):
+        engine = make_engine(policy=policy)
+        engine.model.confidences = (0.05,)  # unsure: floor(4 * 0.95) = 3 branches, and every chunk is cut at once
+        engine.open("a", [1, 2, 3])
+        engine.run(100)
+        node = engine.server._requests[PEER, "a"].tree.node(engine.server._requests[PEER, "a"].tree.root)
+        assert node.candidates is not None
+        second = node.candidates.token_ids[-1] if policy == "pearl" else node.candidates.token_ids[1]
+        other = second if policy == "specbranch" else (second + 1) % 50
+        engine.commit({"a": (3, [other])})
+        hits[policy] = engine.hits["a"]
+    assert hits == {"pearl": False, "specbranch": True}
+
+
+def test_a_miss_goes_on_empty_or_waits_as_told() -> None:
+    lengths = {}
+    for on_miss in ("go", "wait:2", "wait:4"):
+        engine = make_engine(policy="specbranch", stop_rule="none", on_miss=on_miss)
+        engine.open("a", [1, 2, 3])
+        engine.run(100)
+        expected = engine.model.chain([1, 2, 3], 1, 4)[0]
+        miss = next(token for token in range(50) if token not in engine.server._requests[PEER, "a"].tree.node(0).children)
+        assert miss != expected
+        engine.commit({"a": (3, [miss])})
+        assert not engine.hits["a"]
+        lengths[on_miss] = len(engine.drafts["a"])
+    assert lengths == {"go": 0, "wait:2": 2, "wait:4": 4}
+
+
+def test_a_wait_ends_at_its_limit() -> None:
+    engine = make_engine(stop_rule="none", on_miss="wait:4")
+    engine.open("a", [1, 2, 3])
+    engine.run(100)
+    engine.commit({"a": (3, [49])}, max_wait_ms=0.0, most_steps=0)
+    assert engine.drafts["a"] == []
+
+
+def test_tokens_may_be_withdrawn() -> None:
+    engine = make_engine()
+    engine.open("a", list(range(20)))
+    engine.run(100)
+    engine.commit({"a": engine.follow("a", 0)})
+    engine.run(3)
+    engine.commit({"a": (7, [30, 31])})
+    engine.run(100)
+    engine.commit({"a": engine.follow("a", len(engine.drafts["a"]))})
+    assert engine.sequences["a"][:9] == [*range(7), 30, 31]
+
+
+def test_a_gap_makes_the_request_unknown_and_frees_it() -> None:
+    engine = make_engine()
+    engine.open("a", [1, 2, 3])
+    engine.run(10)
+    replies = engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 5, [1])]))
+    assert replies == [(PEER, messages.DraftBatch(1, [], ["a"]))]
+    assert engine.server.kv.num_held == 0
+    engine.server.check_integrity()
+
+
+def test_a_long_prompt_delays_other_drafts_by_one_chunk_at_most() -> None:
+    engine = make_engine(limits=Limits(prefill_tokens=32))
+    engine.open("short", [1, 2, 3])
+    engine.run(100)
+    engine.open("long", list(range(50)) * 8)
+    engine.commit({"short": engine.follow("short", 0)})
+    counters = engine.server.counters
+    while counters.num_prefill_tokens < 384:
+        before = counters.num_prefill_tokens
+        _, worked = engine.server.step()
+        assert worked
+        assert counters.num_prefill_tokens - before <= 32
+
+
+def test_a_refused_message_changes_nothing() -> None:
+    engine = make_engine()
+    engine.open("a", [1, 2, 3])
+    engine.run(10)
+    held = engine.server.kv.num_held
+    with pytest.raises(WireError, match="outside the vocabulary"):
+        engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [50])]))
+    with pytest.raises(WireError, match="outside the vocabulary"):
+        engine.server.handle(PEER, messages.StepBegin([messages.Open("b", [999])], ["a"]))
+    assert engine.server.kv.num_held == held
+    engine.commit({"a": engine.follow("a", 0)})
+
+
+def test_another_vocabulary_is_refused_at_the_handshake() -> None:
+    engine = make_engine()
+    (_, reply), *_ = engine.server.handle(b"other", messages.Hello("s", 51, 500))
+    assert isinstance(reply, messages.Failure)
+    assert "51" in reply.reason
+
+
+def test_a_new_session_drops_the_old_requests_of_that_engine_only() -> None:
+    engine = make_engine()
+    engine.open("a", [1, 2, 3])
+    engine.server.handle(b"other", messages.Hello("s", 50, 500))
+    engine.server.handle(b"other", messages.StepBegin([messages.Open("a", [1, 2])], []))
+    engine.server.handle(PEER, messages.Hello("s2", 50, 500))
+    status = engine.server.handle(PEER, messages.StatusQuery(1))[0][1]
+    assert isinstance(status, messages.Status)
+    assert status.num_requests == 1
+    engine.server.handle(b"other", messages.StepBegin([], ["a"]))
+    assert engine.server.kv.num_held == 0
+
+
+def test_a_request_at_the_end_of_the_draft_context_gets_no_drafts_and_holds_no_blocks() -> None:
+    engine = make_engine()
+    engine.server._model.max_model_len = 12
+    engine.model.max_model_len = 12
+    engine.open("a", [1, 2, 3, 4, 5])
+    for _ in range(12):
+        engine.run(50)
+        engine.commit({"a": engine.follow("a", min(1, len(engine.drafts["a"])))})
+    assert engine.drafts["a"] == []
+    assert engine.server.kv.num_held == 0
+
+
+def test_a_request_too_large_for_the_pool_is_left_alone() -> None:
+    engine = make_engine(num_blocks=8)
+    engine.open("big", list(range(40)))
+    engine.open("small", [1, 2, 3])
+    engine.run(200)
+    engine.commit({"big": engine.follow("big", 0), "small": engine.follow("small", 0)})
+    engine.run(200)
+    engine.commit({"big": engine.follow("big", 0), "small": engine.follow("small", 0)})
+    assert engine.drafts["big"] == []
+    assert engine.server.counters.num_evictions > 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    policy=st.sampled_from(["pearl", "specbranch"]),
+    on_miss=st.sampled_from(["auto", "go", "wait:2"]),
+    num_blocks=st.sampled_from([12, 24, 60, 400]),
+    gamma=st.integers(1, 6),
+    stop_rule=st.sampled_from(["none", "confidence"]),
+)
+def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_leaks_nothing(
+    seed: int, policy: str, on_miss: str, num_blocks: int, gamma: int, stop_rule: str
+) -> None:
+    rng = random.Random(seed)
+    engine = make_engine(
+        num_blocks, Limits(rng.choice([2, 3, 64]), rng.choice([40, 512]), 20), policy=policy, on_miss=on_miss,
+        num_speculative_tokens=gamma, stop_rule=stop_rule,
+    )
+    for number in range(25):
+        if len(engine.sequences) < 4 and rng.random() < 0.4:
+            engine.open(f"r{number}", [rng.randrange(50) for _ in range(rng.choice([1, 3, 4, 9, 30]))])
+        engine.run(rng.choice([0, 1, 2, 5, 30]))
+        outcomes = {}
+        for name in list(engine.sequences):
+            kind = rng.random()
+            if kind < 0.05:
+                engine.close(name)
+            elif kind < 0.1 and len(engine.sequences[name]) > 2:
+                position = rng.randrange(1, len(engine.sequences[name]))
+                outcomes[name] = (position, [rng.randrange(50) for _ in range(rng.randrange(1, 4))])
+            elif kind < 0.9:
+                num_accepted = rng.randint(0, len(engine.drafts[name]))
+                outcomes[name] = engine.follow(name, num_accepted, rng.choice([None, None, rng.randrange(50)]))
+        if outcomes:
+            engine.commit(outcomes, max_wait_ms=rng.choice([0.0, 1e4]))
+    for name in list(engine.sequences):
+        engine.close(name)
+    assert engine.server.kv.num_held == 0
+    engine.server.check_integrity()

@@ -1,0 +1,234 @@
+"""The engine's line to its draft server: handshake, liveness, and never waiting for the dead.
+
+Owns the channel and the state of the line. Knows neither vLLM nor torch. Runs in the target's worker (output rank).
+
+    starting --Ready--> up --reply late--> up, but not waited for --nothing for SILENCE_S--> silent --Ready--> up
+        ^                |                                                                     |
+        +----------------+---------- process dead, or silent for HUNG_S: killed and restarted -+
+
+Every change to `up` starts a new generation: the server then knows no request, and the proposer opens them again.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+
+from vllm_specbranch import messages
+from vllm_specbranch.metrics import EngineCounters
+from vllm_specbranch.placement import ServerProcess
+from vllm_specbranch.transport import ClientChannel, connect
+
+logger = logging.getLogger("vllm.specbranch.draft_link")
+
+# No message at all for this long while replies are due: the server hangs, stop sending to it.
+SILENCE_S = 1.0
+# Silent for this long: it will not come back, start another.
+HUNG_S = 10.0
+FIRST_PROBE_S = 0.25
+LONGEST_PROBE_S = 4.0
+
+
+class DraftLink:
+    """One line to one draft server.
+
+    Args:
+        process: the server's process, not started yet.
+        hello: what to say at a handshake; the session is filled in.
+        counters: updated.
+        open_channel: makes a channel to an address.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        process: ServerProcess,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        counters: EngineCounters,
+        open_channel: Callable[[str], ClientChannel] = connect,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._process = process
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._counters = counters
+        self._open_channel = open_channel
+        self._clock = clock
+        self._channel: ClientChannel | None = None
+        self._sessions = itertools.count(1)
+        self._session = ""
+        self._refusal: str | None = None
+        self._is_late = False
+        self._silent_since_s: float | None = None
+        self._late_since_s = 0.0
+        self._probe_s = FIRST_PROBE_S
+        self._next_probe_s = 0.0
+        self.is_up = False
+        self.generation = 0
+        self.draft_max_model_len = 0
+
+    @property
+    def server_pid(self) -> int | None:
+        return self._process.pid
+
+    @property
+    def num_malformed(self) -> int:
+        return self._channel.num_dropped if self._channel else 0
+
+    def poll(self) -> None:
+        """Look after the line: start or restart the server, shake hands, probe a silent one. Never waits."""
+        if self._process.is_running():
+            self._poll_running()
+        else:
+            self._lose_server()
+            if self._refusal is None and self._process.ensure_running():
+                self._greet_new_server()
+
+    def _poll_running(self) -> None:
+        if self.is_up:
+            return
+        now_s = self._clock()
+        if self._silent_since_s is not None:
+            if now_s - self._silent_since_s > HUNG_S:
+                logger.warning("The draft server has not answered for %.0f s and is restarted.", HUNG_S)
+                self._process.kill()
+                return
+            if now_s >= self._next_probe_s:
+                self._probe_s = min(2 * self._probe_s, LONGEST_PROBE_S)
+                self._next_probe_s = now_s + self._probe_s
+                self._say_hello()
+        self._await_ready(0.0)
+
+    def _lose_server(self) -> None:
+        if self._channel is None:
+            return
+        self._counters.num_server_deaths += 1
+        self._channel.close()
+        self._channel = None
+        self.is_up = False
+        self._silent_since_s = None
+
+    def _greet_new_server(self) -> None:
+        self._counters.num_server_starts += 1
+        self._channel = self._open_channel(self._process.address)
+        self._silent_since_s = None
+        self._say_hello()
+
+    def _say_hello(self) -> None:
+        assert self._channel is not None
+        self._session = str(next(self._sessions))
+        self._channel.send(messages.Hello(self._session, self._vocab_size, self._max_model_len))
+
+    def _await_ready(self, timeout_ms: float) -> None:
+        assert self._channel is not None
+        until_s = self._clock() + timeout_ms / 1e3
+        while True:
+            message = self._channel.recv(max(0.0, 1e3 * (until_s - self._clock())))
+            if message is None:
+                return
+            if isinstance(message, messages.Failure):
+                self._refuse(message.reason)
+                return
+            if isinstance(message, messages.Ready) and message.session == self._session:
+                self._become_up(message)
+                return
+
+    def _refuse(self, reason: str) -> None:
+        if self._refusal is None:
+            logger.error("The draft server refuses to work for this engine, which goes on without drafts: %s", reason)
+        self._refusal = reason
+        self._process.stop()
+
+    def _become_up(self, ready: messages.Ready) -> None:
+        if self.generation:
+            logger.warning("The draft server is back; running requests are drafted for again.")
+        self.is_up = True
+        self.generation += 1
+        self.draft_max_model_len = ready.max_model_len
+        self._is_late = False
+        self._silent_since_s = None
+        self._probe_s = FIRST_PROBE_S
+
+    def wait_until_up(self, timeout_s: float) -> bool:
+        """Wait for the handshake, while the engine starts; gives up when the server dies or refuses."""
+        until_s = self._clock() + timeout_s
+        while not self.is_up and self._clock() < until_s:
+            if self._refusal is not None or not self._process.is_running():
+                return False
+            if self._channel is not None:
+                self._await_ready(100.0)
+        return self.is_up
+
+    def send(self, message: messages.EngineMessage) -> bool:
+        """Send to a server that is up; a send that would block means that it no longer reads."""
+        if not self.is_up or self._channel is None:
+            return False
+        if self._channel.send(message):
+            return True
+        self._counters.num_send_failures += 1
+        self._fall_silent()
+        return False
+
+    def receive(self, round_number: int, timeout_ms: float) -> messages.DraftBatch | None:
+        """The reply to a commit batch, or None if it does not come in time; older replies are dropped.
+
+        After one late reply nothing is waited for until the server has said something again, so that a hung server costs
+        the engine one timeout, not one per step.
+        """
+        if not self.is_up or self._channel is None:
+            return None
+        started_s = self._clock()
+        while True:
+            until_s = started_s + (0.0 if self._is_late else timeout_ms / 1e3)
+            message = self._channel.recv(max(0.0, 1e3 * (until_s - self._clock())))
+            if message is None:
+                self._be_late()
+                return None
+            self._is_late = False
+            if isinstance(message, messages.DraftBatch):
+                if message.round == round_number:
+                    return message
+                self._counters.num_late_replies += 1
+            elif isinstance(message, messages.Failure):
+                logger.warning("The draft server could not take a message: %s", message.reason)
+
+    def _be_late(self) -> None:
+        now_s = self._clock()
+        if not self._is_late:
+            self._counters.num_reply_timeouts += 1
+            self._is_late = True
+            self._late_since_s = now_s
+        if now_s - self._late_since_s > SILENCE_S:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        now_s = self._clock()
+        logger.warning("The draft server does not answer; requests go on without drafts until it does.")
+        self._counters.num_breaker_openings += 1
+        self.is_up = False
+        self._silent_since_s = now_s
+        self._next_probe_s = now_s + self._probe_s
+
+    def query_status(self, timeout_s: float) -> messages.Status | None:
+        """Ask the server for its state; for status reports, not for the hot path."""
+        if not self.is_up or self._channel is None:
+            return None
+        query = next(self._sessions)
+        if not self._channel.send(messages.StatusQuery(query)):
+            return None
+        until_s = self._clock() + timeout_s
+        while (left_s := until_s - self._clock()) > 0:
+            message = self._channel.recv(1e3 * left_s)
+            if isinstance(message, messages.Status) and message.query == query:
+                return message
+        return None
+
+    def close(self) -> None:
+        """End the line and the server. Safe to call again."""
+        self.is_up = False
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        self._process.stop()

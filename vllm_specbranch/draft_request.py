@@ -1,0 +1,210 @@
+"""One request on the draft server: its token tree, and which leaf owns which KV sequence.
+
+Owns the invariant that ties the two together: every leaf of the tree owns exactly one sequence of the shared `KVBlocks`, whose
+valid tokens are the leaf's path without (at least) the leaf itself; an evicted request owns none. Decides nothing: the planner
+does. Pure Python, runs in the draft server process.
+
+    trunk: t0 t1 ... tn | chunk: d1 d2 | branches: b1 c1 ...      leaf c1 owns sequence 7 (KV of t0 .. b1)
+                    root           ^ branch point  b2             leaf b2 owns sequence 9 (KV of t0 .. d2, blocks shared)
+"""
+
+from collections.abc import Iterator, Sequence
+
+from vllm_specbranch.errors import TreeError
+from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
+from vllm_specbranch.token_tree import Candidates, CommitResult, TokenTree
+
+
+class DraftRequest:
+    """Token tree and KV sequences of one request.
+
+    Args:
+        tokens: the committed tokens so far (the prompt, or the whole history after a restart); at least one.
+        kv: the block pool, shared by all requests of the server.
+        sequence_ids: gives a fresh sequence id at each `next`; shared likewise.
+    """
+
+    def __init__(self, tokens: Sequence[int], kv: KVBlocks, sequence_ids: Iterator[int]) -> None:
+        self.tree = TokenTree(tokens)
+        self._kv = kv
+        self._sequence_ids = sequence_ids
+        self._owned: dict[int, int] = {}
+        self.chunk_end = self.tree.root
+        self.readmit()
+
+    @property
+    def is_evicted(self) -> bool:
+        return not self._owned
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._owned)
+
+    def readmit(self) -> None:
+        """Give an evicted request an empty sequence again; its trunk is then pending as a whole."""
+        if self._owned:
+            return
+        sequence = next(self._sequence_ids)
+        self._kv.allocate(sequence)
+        self._owned[self.tree.root] = sequence
+
+    def sequence(self, leaf: int) -> int:
+        """The KV sequence of a leaf."""
+        return self._owned[leaf]
+
+    def num_pending(self, leaf: int) -> int:
+        """How many tokens, up to and with the leaf's, have no KV yet; 0 when the leaf has been fed."""
+        return self.tree.node(leaf).position + 1 - self._kv.num_tokens(self._owned[leaf])
+
+    def pending(self, leaf: int, most: int) -> tuple[int, list[int]]:
+        """The next tokens to feed on the way to a leaf.
+
+        Args:
+            leaf: a leaf of the tree.
+            most: most tokens to return.
+
+        Returns:
+            (absolute position of the first one, token ids).
+        """
+        start = self._kv.num_tokens(self._owned[leaf])
+        count = min(most, self.num_pending(leaf))
+        num_trunk = self.tree.num_tokens
+        tokens = list(self.tree.trunk[start : start + count]) if start < num_trunk else []
+        if len(tokens) < count:
+            path = self.tree.path(leaf)
+            first = max(0, start - num_trunk)
+            tokens += [self.tree.node(one).token for one in path[first : first + count - len(tokens)]]
+        return start, tokens
+
+    def reserve(self, leaf: int, num_tokens: int) -> list[BlockCopy]:
+        """Reserve slots for the next `num_tokens` on the way to a leaf; returns the copies to do before they are written.
+
+        Raises:
+            OutOfBlocksError: nothing was changed.
+        """
+        return self._kv.append(self._owned[leaf], num_tokens)
+
+    def fed(self, leaf: int, candidates: Candidates) -> None:
+        """Note what the draft model predicts after a leaf, all of whose tokens have KV now."""
+        self.tree.node(leaf).candidates = candidates
+
+    def extend(self, node_id: int, token: int) -> int:
+        """Add a drafted token below a node that has been fed.
+
+        Below a leaf it takes the leaf's sequence over; elsewhere it forks one that passes through the node.
+
+        Returns:
+            The new leaf.
+        """
+        node = self.tree.node(node_id)
+        if node.candidates is None:
+            raise TreeError(f"node {node_id} has not been fed, so nothing can be drafted below it")
+        sequence = self._owned.get(node_id)
+        if sequence is None:
+            through = self._owned[self.tree.leaves(node_id)[0]]
+            child = self.tree.extend(node_id, token)
+            sequence = next(self._sequence_ids)
+            self._kv.fork(through, sequence, node.position + 1)
+        else:
+            child = self.tree.extend(node_id, token)
+            del self._owned[node_id]
+        self._owned[child] = sequence
+        return child
+
+    def commit(self, position: int, tokens: Sequence[int]) -> CommitResult | None:
+        """Walk committed tokens; keep the survivors' KV and free all other in the same call.
+
+        Args:
+            position: absolute position of `tokens[0]`. Inside the trunk, the trunk is first truncated to it (tokens were
+                withdrawn); beyond its end, tokens are missing.
+            tokens: at least one.
+
+        Returns:
+            What the walk found, or None if tokens are missing before `position` (nothing was changed).
+        """
+        if not 1 <= position <= self.tree.num_tokens:
+            return None
+        if position < self.tree.num_tokens:
+            self.rollback(position)
+        keeper = self._leaf_on_the_way(tokens)
+        result = self.tree.commit(tokens)
+        kept_sequence = None if keeper is None else self._owned[keeper]
+        losers = [self._owned.pop(one) for one in result.removed if one in self._owned]
+        if not result.hit and kept_sequence is not None:
+            losers.remove(kept_sequence)
+            self._owned[self.tree.root] = kept_sequence
+            shared = position + result.num_matched
+            self._kv.rollback(kept_sequence, min(shared, self._kv.num_tokens(kept_sequence)))
+        if kept_sequence is not None:
+            self._kv.commit(kept_sequence, losers)
+        self.chunk_end = self.tree.root
+        return result
+
+    def _leaf_on_the_way(self, tokens: Sequence[int]) -> int | None:
+        """A leaf whose KV reaches as far as any along `tokens`; None for an evicted request."""
+        if not self._owned:
+            return None
+        reached = self.tree.root
+        for token in tokens:
+            child = self.tree.node(reached).children.get(token)
+            if child is None:
+                break
+            reached = child
+        return self.tree.leaves(reached)[0]
+
+    def rollback(self, num_tokens: int) -> None:
+        """Shorten the trunk to `num_tokens` committed tokens; all drafts are dropped."""
+        sequences = list(self._owned.values())
+        self._owned.clear()
+        self.tree.rollback(num_tokens)
+        self.chunk_end = self.tree.root
+        if sequences:
+            self._owned[self.tree.root] = sequences[0]
+            self._kv.rollback(sequences[0], min(num_tokens - 1, self._kv.num_tokens(sequences[0])))
+            self._kv.commit(sequences[0], sequences[1:])
+
+    def prune(self, node_id: int) -> None:
+        """Drop a drafted node and all below it, with its KV; the root cannot be dropped."""
+        parent = self.tree.node(node_id).parent
+        removed = self.tree.truncate_subtree(node_id)
+        assert parent is not None
+        sequences = [self._owned.pop(one) for one in removed if one in self._owned]
+        if not self.tree.node(parent).children and sequences:
+            self._owned[parent] = sequences.pop(0)
+            self._kv.rollback(self._owned[parent], self.tree.node(parent).position + 1)
+        for sequence in sequences:
+            self._kv.free(sequence)
+
+    def narrow(self) -> int:
+        """Drop every child but the first at each node; returns how many branches went."""
+        dropped = 0
+        node = self.tree.node(self.tree.root)
+        while node.children:
+            first, *others = node.children.values()
+            for other in others:
+                self.prune(other)
+            dropped += len(others)
+            node = self.tree.node(first)
+        return dropped
+
+    def evict(self) -> None:
+        """Free all KV and all drafts; the trunk stays, and is prefilled again after `readmit`."""
+        for sequence in self._owned.values():
+            self._kv.free(sequence)
+        self._owned.clear()
+        self.tree.rollback(self.tree.num_tokens)
+        self.tree.node(self.tree.root).candidates = None
+        self.chunk_end = self.tree.root
+
+    def check_integrity(self) -> None:
+        """Raise TreeError unless exactly the leaves own sequences, each valid no further than its leaf."""
+        self.tree.check_integrity()
+        if not self._owned:
+            return
+        if set(self._owned) != set(self.tree.leaves()):
+            raise TreeError(f"sequences are owned by {sorted(self._owned)}, leaves are {sorted(self.tree.leaves())}")
+        for leaf, sequence in self._owned.items():
+            valid, end = self._kv.num_tokens(sequence), self.tree.node(leaf).position + 1
+            fed = self.tree.node(leaf).candidates is not None
+            if not (valid == end if fed else valid < end):
+                raise TreeError(f"leaf {leaf} (fed: {fed}) at position {end - 1} has KV of {valid} tokens")

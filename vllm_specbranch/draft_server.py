@@ -1,0 +1,496 @@
+"""The draft server: what it answers to each message, and one draft step.
+
+Owns the requests of all its peers and the KV blocks of the draft model. `handle` and `step` do no I/O and are driven in memory by
+tests; `serve` is the only loop. Knows nothing of vLLM. Runs in the draft server process.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from vllm_specbranch import messages
+from vllm_specbranch.draft_model import Row
+from vllm_specbranch.draft_pressure import relieve
+from vllm_specbranch.draft_request import DraftRequest
+from vllm_specbranch.errors import SpecBranchError, WireError
+from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
+from vllm_specbranch.metrics import DraftServerCounters
+from vllm_specbranch.planner import Chunk, Planner, WaitCosts
+from vllm_specbranch.token_tree import Candidates
+from vllm_specbranch.transport import ServerEndpoint
+
+logger = logging.getLogger("vllm.specbranch.draft_server")
+
+# A leaf that lacks at most this many tokens of KV is a decode row; one that lacks more is prefilled, one chunk a step.
+MAX_DECODE_TOKENS = 16
+PREFILL_CHUNK_TOKENS = 256
+# Weight of the newest value in the running means; short, because batch sizes change within tens of rounds.
+MEAN_WEIGHT = 0.1
+# Two commits further apart than this have idle time between them, which says nothing about the target's speed.
+LONGEST_ROUND_S = 2.0
+IDLE_WAIT_MS = 500.0
+
+Key = tuple[bytes, str]
+Reply = tuple[bytes, messages.ServerMessage]
+
+
+class Model(Protocol):
+    """What the server needs of a draft model; `draft_model.DraftModel` and the fake of the tests have it."""
+
+    vocab_size: int
+    max_model_len: int
+
+    def forward(self, rows: Sequence[Row], copies: Sequence[BlockCopy], top_k: int) -> list[Candidates]:
+        """One batched forward; see `draft_model.DraftModel.forward`."""
+        ...
+
+
+@dataclass(slots=True)
+class PendingReply:
+    """A commit batch that has not been answered yet."""
+
+    round: int
+    hits: dict[str, bool]
+    unknown: list[str]
+    deadline_s: float
+
+
+@dataclass(slots=True)
+class Peer:
+    """One engine: its open reply, and how fast it has been."""
+
+    pending: PendingReply | None = None
+    last_commit_s: float | None = None
+    token_s: float = 0.0
+    accepted: float = 1.0
+    tried: float = 2.0
+
+    def observe_round(self, now_s: float, num_requests: int, num_tokens: int) -> None:
+        """Take in that a commit batch of `num_tokens` for `num_requests` has arrived."""
+        if self.last_commit_s is not None and num_tokens and now_s - self.last_commit_s < LONGEST_ROUND_S:
+            token_s = (now_s - self.last_commit_s) * num_requests / num_tokens
+            self.token_s = token_s if not self.token_s else self.token_s + MEAN_WEIGHT * (token_s - self.token_s)
+        self.last_commit_s = now_s
+
+    def observe_outcome(self, num_draft_tokens: int, num_accepted: int) -> None:
+        """Take in how many draft tokens of a chunk were accepted; old rounds fade."""
+        keep = 1.0 - MEAN_WEIGHT / 4
+        self.accepted = keep * self.accepted + num_accepted
+        self.tried = keep * self.tried + num_accepted + (num_accepted < num_draft_tokens)
+
+    @property
+    def acceptance(self) -> float:
+        return self.accepted / self.tried
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One row of a draft step: feed the next `num_tokens` on the way to `leaf`."""
+
+    request: DraftRequest
+    leaf: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes of one draft step: most rows, most query tokens over all rows, and most tokens of a prefill chunk among them."""
+
+    num_rows: int = 64
+    num_tokens: int = 512
+    prefill_tokens: int = PREFILL_CHUNK_TOKENS
+
+    def cut(self, work: list["Work"], prefill: "Work | None") -> list["Work"]:
+        """The leading part of `work` that fits into one step beside a prefill chunk."""
+        left = self.num_tokens - (prefill.num_tokens if prefill else 0)
+        kept = []
+        for one in work[: self.num_rows - (prefill is not None)]:
+            left -= one.num_tokens
+            if left < 0:
+                break
+            kept.append(one)
+        return kept if prefill is None else [*kept, prefill]
+
+
+@dataclass(slots=True)
+class _Timings:
+    step_s: float = 0.0
+    step_s_by_rows: dict[int, float] = field(default_factory=dict)
+
+    def observe(self, num_rows: int, duration_s: float) -> None:
+        known = self.step_s_by_rows.get(num_rows)
+        mean = duration_s if known is None else known + MEAN_WEIGHT * (duration_s - known)
+        self.step_s_by_rows[num_rows] = mean
+        self.step_s = duration_s if not self.step_s else self.step_s + MEAN_WEIGHT * (duration_s - self.step_s)
+
+    def estimate_s(self, num_rows: int) -> float:
+        return self.step_s_by_rows.get(num_rows, self.step_s)
+
+
+class DraftServer:
+    """Drafts for the requests of its peers, all the time, for the likely outcomes of the verification that is under way.
+
+    Args:
+        model: the draft model.
+        kv: its block pool.
+        planner: the policy.
+        limits: sizes of a draft step.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KVBlocks,
+        planner: Planner,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._model = model
+        self.kv = kv
+        self._planner = planner
+        self._limits = limits
+        self._clock = clock
+        self._requests: dict[Key, DraftRequest] = {}
+        self._peers: dict[bytes, Peer] = {}
+        self._sequence_ids = itertools.count()
+        self._timings = _Timings()
+        self._is_pressed = False
+        self.counters = DraftServerCounters()
+        self.is_stopping = False
+
+    # --- messages ---------------------------------------------------------------------------------------------------------
+
+    def handle(self, peer: bytes, message: messages.EngineMessage) -> list[Reply]:
+        """Take in one message; return what can be answered now.
+
+        Raises:
+            WireError: the message names a token outside the vocabulary. Nothing was changed.
+        """
+        match message:
+            case messages.Hello():
+                return self._greet(peer, message)
+            case messages.StepBegin():
+                self._begin_step(peer, message)
+            case messages.CommitBatch():
+                self._commit_batch(peer, message)
+                return self._replies_due()
+            case messages.StatusQuery():
+                return [(peer, self._status(message.query))]
+            case messages.Shutdown():
+                self.is_stopping = True
+        return []
+
+    def _greet(self, peer: bytes, hello: messages.Hello) -> list[Reply]:
+        for key in [key for key in self._requests if key[0] == peer]:
+            self._close(key)
+        self._peers[peer] = Peer()
+        if hello.vocab_size != self._model.vocab_size:
+            reason = f"the target's vocabulary has {hello.vocab_size} tokens, the draft's {self._model.vocab_size}"
+            return [(peer, messages.Failure(reason))]
+        ready = messages.Ready(hello.session, self._model.max_model_len, self.kv.num_blocks, self.kv.block_size)
+        return [(peer, ready)]
+
+    def _begin_step(self, peer: bytes, message: messages.StepBegin) -> None:
+        for opened in message.opens:
+            self._check_tokens(opened.tokens)
+        for request_id in message.closes:
+            self._close((peer, request_id))
+        for opened in message.opens:
+            key = (peer, opened.request_id)
+            self._close(key)
+            self._requests[key] = DraftRequest(opened.tokens, self.kv, self._sequence_ids)
+
+    def _check_tokens(self, tokens: Sequence[int]) -> None:
+        if tokens and max(tokens) >= self._model.vocab_size:
+            raise WireError(f"token {max(tokens)} is outside the vocabulary of {self._model.vocab_size}")
+
+    def _close(self, key: Key) -> None:
+        request = self._requests.pop(key, None)
+        if request is not None:
+            request.evict()
+
+    def _commit_batch(self, peer_id: bytes, message: messages.CommitBatch) -> None:
+        for commit in message.commits:
+            self._check_tokens(commit.tokens)
+        peer = self._peers.setdefault(peer_id, Peer())
+        now_s = self._clock()
+        peer.observe_round(now_s, len(message.commits), sum(len(one.tokens) for one in message.commits))
+        pending = PendingReply(message.round, {}, [], now_s + message.max_wait_ms / 1e3)
+        for commit in message.commits:
+            hit = self._commit(peer, (peer_id, commit.request_id), commit)
+            if hit is None:
+                pending.unknown.append(commit.request_id)
+            else:
+                pending.hits[commit.request_id] = hit
+        self.counters.num_unknown_requests += len(pending.unknown)
+        peer.pending = pending
+
+    def _commit(self, peer: Peer, key: Key, commit: messages.Commit) -> bool | None:
+        request = self._requests.pop(key, None)
+        if request is None:
+            return None
+        tree = request.tree
+        line, num_nodes = self._main_line(request), len(tree)
+        chunk = tree.node(request.chunk_end).position + 1 - tree.num_tokens
+        result = request.commit(commit.position, commit.tokens)
+        if result is None:
+            request.evict()
+            return None
+        # The requests are kept in the order of their last commit: the first is the first to be evicted.
+        self._requests[key] = request
+        self._count(result.hit, result.num_matched, line, num_nodes - len(tree))
+        peer.observe_outcome(chunk, min(chunk, len(commit.tokens) - 1))
+        if not self._fits(request):
+            request.evict()
+        else:
+            request.readmit()
+            self._extend_chunk(request)
+        return result.hit
+
+    def _main_line(self, request: DraftRequest) -> int:
+        """How many drafted tokens lie on the line of first choices below the root."""
+        node = request.tree.node(request.tree.root)
+        count = 0
+        while node.children:
+            node = request.tree.node(next(iter(node.children.values())))
+            count += 1
+        return count
+
+    def _count(self, hit: bool, num_matched: int, line: int, num_dropped: int) -> None:
+        counters = self.counters
+        counters.num_rounds += 1
+        counters.num_hits += hit
+        counters.num_misses += not hit
+        counters.num_kept_tokens += num_matched
+        rollback = 0 if hit else max(0, line - num_matched)
+        counters.num_rollback_tokens += rollback
+        counters.num_branch_tokens_dropped += max(0, num_dropped - num_matched - rollback)
+
+    def _fits(self, request: DraftRequest) -> bool:
+        num_blocks = -(-(request.tree.num_tokens + 1) // self.kv.block_size)
+        return request.tree.num_tokens < self._model.max_model_len and num_blocks <= self.kv.num_blocks
+
+    def _status(self, query: int) -> messages.Status:
+        timings = {f"step_{rows}_rows": 1e6 * value for rows, value in sorted(self._timings.step_s_by_rows.items())}
+        for index, peer in enumerate(self._peers.values()):
+            timings[f"peer_{index}_token"] = 1e6 * peer.token_s
+        return messages.Status(
+            query, len(self._requests), self.kv.num_held, self.kv.num_blocks, self.counters.as_dict(), timings
+        )
+
+    # --- replies ----------------------------------------------------------------------------------------------------------
+
+    def _growing(self, peer_id: bytes, pending: PendingReply) -> list[tuple[DraftRequest, Chunk]]:
+        """The requests of a reply whose chunk would be longer after one more draft step, and that the rules let wait."""
+        growing = []
+        for request_id, hit in pending.hits.items():
+            request = self._requests.get((peer_id, request_id))
+            if request is None or request.is_evicted:
+                continue
+            chunk = self._planner.chunk(request.tree)
+            if not self._planner.wants_more(chunk, hit=hit) or self._is_at_the_end(request, chunk.end):
+                continue
+            if request.num_pending(chunk.end) <= MAX_DECODE_TOKENS:
+                growing.append((request, chunk))
+        return growing
+
+    def _is_at_the_end(self, request: DraftRequest, leaf: int) -> bool:
+        return request.tree.node(leaf).position >= self._model.max_model_len - 1
+
+    def _waits_for(self, peer_id: bytes, pending: PendingReply) -> list[DraftRequest]:
+        """The requests whose chunks the next draft step should make longer before the reply; none if it is due now."""
+        growing = self._growing(peer_id, pending)
+        step_s = self._timings.estimate_s(len(growing))
+        if self._clock() + step_s > pending.deadline_s:
+            return []
+        peer = self._peers[peer_id]
+        costs = WaitCosts(step_s, peer.token_s, peer.acceptance, max(1, len(pending.hits)))
+        if not self._planner.worth_waiting([chunk for _, chunk in growing], costs):
+            return []
+        return [request for request, _ in growing]
+
+    def _replies_due(self) -> list[Reply]:
+        """Answer every commit batch that does not wait (any more)."""
+        replies: list[Reply] = []
+        for peer_id, peer in self._peers.items():
+            if peer.pending is not None and not self._waits_for(peer_id, peer.pending):
+                replies.append((peer_id, self._reply(peer_id, peer.pending)))
+                peer.pending = None
+        return replies
+
+    def _reply(self, peer_id: bytes, pending: PendingReply) -> messages.DraftBatch:
+        drafts = []
+        for request_id, hit in pending.hits.items():
+            request = self._requests.get((peer_id, request_id))
+            if request is None:
+                continue
+            tree = request.tree
+            request.chunk_end = self._planner.chunk(tree).end
+            tokens = [tree.node(one).token for one in tree.path(request.chunk_end)]
+            drafts.append(messages.Draft(request_id, tree.num_tokens, tokens, hit))
+            self._grow(request)
+        return messages.DraftBatch(pending.round, drafts, pending.unknown)
+
+    # --- drafting ---------------------------------------------------------------------------------------------------------
+
+    def step(self) -> tuple[list[Reply], bool]:
+        """One draft step: at most one batched forward.
+
+        Returns:
+            (replies that became due, whether anything was fed; if not, there is nothing to do until the next message).
+        """
+        work = self._select()
+        if work:
+            self._feed(work)
+        return self._replies_due(), bool(work)
+
+    def _select(self) -> list[Work]:
+        """The rows of the next draft step, after making room for them."""
+        work = self._wanted()
+        if not self._is_pressed or self.kv.num_free > self.kv.num_blocks // 4:
+            self._is_pressed = False
+        while work and self._num_new_blocks(work) > self.kv.num_free:
+            self._is_pressed = True
+            if relieve(self._requests.values(), {id(one.request) for one in work}, self.counters):
+                work = self._wanted()
+            else:
+                work = self._give_up(work)
+        return work
+
+    def _give_up(self, work: list[Work]) -> list[Work]:
+        """Without any other request to evict: draft shallower, and when even one row does not fit, evict its request."""
+        last = work.pop()
+        if not work:
+            last.request.evict()
+            self.counters.num_evictions += 1
+        return work
+
+    def _num_new_blocks(self, work: list[Work]) -> int:
+        return sum(self.kv.num_new_blocks(one.request.sequence(one.leaf), one.num_tokens) for one in work)
+
+    def _wanted(self) -> list[Work]:
+        waiting = [
+            request
+            for peer_id, peer in self._peers.items()
+            if peer.pending is not None
+            for request in self._waits_for(peer_id, peer.pending)
+        ]
+        if waiting:
+            self.counters.num_wait_steps += 1
+            ends = ((request, self._planner.chunk(request.tree).end) for request in waiting)
+            return self._limits.cut([Work(request, end, request.num_pending(end)) for request, end in ends], None)
+        return self._wanted_of_all()
+
+    def _wanted_of_all(self) -> list[Work]:
+        """First choices of all requests before their second ones, and one chunk of one prefill."""
+        by_rank: list[list[Work]] = []
+        prefill: Work | None = None
+        for request in self._requests.values():
+            if request.is_evicted:
+                continue
+            for rank, leaf in enumerate(self._planner.rows(request.tree, request.chunk_end)):
+                num_pending = request.num_pending(leaf)
+                if self._is_at_the_end(request, leaf):
+                    continue
+                if num_pending > MAX_DECODE_TOKENS:
+                    prefill = prefill or Work(request, leaf, min(num_pending, self._limits.prefill_tokens))
+                    continue
+                while len(by_rank) <= rank:
+                    by_rank.append([])
+                by_rank[rank].append(Work(request, leaf, num_pending))
+        return self._limits.cut(list(itertools.chain.from_iterable(by_rank)), prefill)
+
+    def _feed(self, work: list[Work]) -> None:
+        started_s = self._clock()
+        rows: list[Row] = []
+        copies: list[BlockCopy] = []
+        for one in work:
+            position, tokens = one.request.pending(one.leaf, one.num_tokens)
+            copies += one.request.reserve(one.leaf, len(tokens))
+            rows.append(Row(tokens, position, self.kv.block_ids(one.request.sequence(one.leaf))))
+        candidates = self._model.forward(rows, copies, self._planner.num_candidates)
+        self._timings.observe(len(rows), self._clock() - started_s)
+        self.counters.num_steps += 1
+        self.counters.num_rows += len(rows)
+        touched: dict[int, DraftRequest] = {}
+        for one, predicted in zip(work, candidates, strict=True):
+            if one.num_tokens > MAX_DECODE_TOKENS:
+                self.counters.num_prefill_tokens += one.num_tokens
+            if one.request.num_pending(one.leaf) == 0:
+                one.request.fed(one.leaf, predicted)
+                touched[id(one.request)] = one.request
+        awaited = self._awaited()
+        for request_id, request in touched.items():
+            if request_id in awaited:
+                self._extend_chunk(request)
+            else:
+                self._grow(request)
+
+    def _awaited(self) -> set[int]:
+        """The requests (by `id`) that an open reply waits for."""
+        return {
+            id(self._requests.get((peer_id, request_id)))
+            for peer_id, peer in self._peers.items()
+            if peer.pending is not None
+            for request_id in peer.pending.hits
+        }
+
+    def _extend_chunk(self, request: DraftRequest) -> None:
+        """Append the first choice to a chunk that is still open."""
+        chunk = self._planner.chunk(request.tree)
+        candidates = request.tree.node(chunk.end).candidates
+        if not chunk.is_complete and candidates is not None and not request.is_evicted:
+            request.extend(chunk.end, candidates.token_ids[0])
+            self.counters.num_drafted_tokens += 1
+
+    def _grow(self, request: DraftRequest) -> None:
+        """Draft on below the branch point: first choices everywhere, further candidates at the branch point itself."""
+        if request.is_evicted:
+            return
+        tree, branch_point = request.tree, request.chunk_end
+        for leaf, token in self._planner.extensions(tree, branch_point):
+            request.extend(leaf, token)
+            self.counters.num_drafted_tokens += 1
+        if self._is_pressed:
+            return
+        for token in self._planner.forks(tree, branch_point):
+            request.extend(branch_point, token)
+            self.counters.num_forks += 1
+            self.counters.num_drafted_tokens += 1
+
+    def check_integrity(self) -> None:
+        """Raise unless every request and the block pool are consistent; for tests and idle moments."""
+        self.kv.check_integrity()
+        for request in self._requests.values():
+            request.check_integrity()
+        held = sum(request.num_sequences for request in self._requests.values())
+        if held != self.kv.num_tables:
+            raise SpecBranchError(f"{held} sequences are owned by requests, the pool has {self.kv.num_tables} tables")
+
+
+def serve(server: DraftServer, endpoint: ServerEndpoint) -> None:
+    """Answer messages and draft in between, until told to shut down. The only loop of the server.
+
+    Blocks while there is nothing to draft; polls between draft steps otherwise.
+    """
+    worked = False
+    while not server.is_stopping:
+        received = endpoint.recv(0.0 if worked else IDLE_WAIT_MS)
+        while received is not None:
+            peer, message = received
+            try:
+                replies = server.handle(peer, message)
+            except WireError as error:
+                server.counters.num_refused_messages += 1
+                logger.warning("Refused a message: %s", error)
+                replies = [(peer, messages.Failure(str(error)))]
+            for to, reply in replies:
+                endpoint.send(to, reply)
+            received = endpoint.recv(0.0)
+        replies, worked = server.step()
+        for to, reply in replies:
+            endpoint.send(to, reply)

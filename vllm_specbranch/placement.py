@@ -1,0 +1,230 @@
+"""Where the draft server runs: start it, watch it, restart it.
+
+Owns the child process, its cores, its environment and its private directory. Knows nothing of messages. Runs in the target's
+worker (output rank); `ServerSpec` is also read by the child. The child's standard input is its lifeline: it ends when this
+process does, however that happens (see `draft_main`).
+"""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from vllm_specbranch.config import SpecBranchConfig, draft_server_environment, target_core_settings
+from vllm_specbranch.draft_model import DraftModelSettings
+
+logger = logging.getLogger("vllm.specbranch.placement")
+
+# The first restart is quick, because most deaths are single events; a server that keeps dying must not eat a core.
+FIRST_BACK_OFF_S = 0.5
+LONGEST_BACK_OFF_S = 30.0
+# A server that lived this long is healthy: its next death starts a new series.
+HEALTHY_AFTER_S = 60.0
+STOP_TIMEOUT_S = 5.0
+
+# What vLLM sets for the target's threads, and what would pin the child onto the target's cores.
+_TARGET_ONLY_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "OMP_PLACES",
+    "OMP_PROC_BIND",
+    "GOMP_CPU_AFFINITY",
+    "KMP_AFFINITY",
+    "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_CPU_KVCACHE_SPACE",
+    "VLLM_USE_V2_MODEL_RUNNER",
+    "VLLM_DIST_IDENT",
+)
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """All that a draft server is told at its start, as JSON on the first line of its standard input.
+
+    Attributes:
+        address: where it listens, `ipc://...`.
+        cores: CPU cores it pins itself to; None leaves it unpinned.
+        model: what to load.
+        config: the engine's settings, for the planner.
+    """
+
+    address: str
+    cores: tuple[int, ...] | None
+    model: DraftModelSettings
+    config: SpecBranchConfig
+
+    def to_json(self) -> bytes:
+        """One line of JSON."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, line: bytes) -> "ServerSpec":
+        """Inverse of `to_json`.
+
+        Raises:
+            msgspec.DecodeError: not a spec.
+        """
+        return msgspec.json.decode(line, type=cls)
+
+
+def parse_target_cores(setting: str | None) -> set[int]:
+    """The core numbers in an OpenMP affinity setting such as `{0,1}`, `0 1` or `granularity=fine,explicit,proclist=[0,1]`."""
+    if not setting:
+        return set()
+    cores: set[int] = set()
+    for first, last in re.findall(r"(\d+)(?:-(\d+))?", setting):
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
+
+
+def choose_cores(wanted: tuple[int, ...] | None, available: set[int], target: set[int]) -> tuple[int, ...] | None:
+    """The draft server's cores: those asked for, else all that the target leaves free.
+
+    Returns:
+        The cores, or None when the target is not bound or leaves nothing (then the draft server is not bound either).
+    """
+    if wanted is not None:
+        return wanted
+    free = available - target
+    return tuple(sorted(free)) if target and free else None
+
+
+def available_cores() -> set[int]:
+    """Cores that this process or its parent may use: OpenMP may already have bound this process to the target's."""
+    cores = set(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError):
+        cores |= os.sched_getaffinity(os.getppid())
+    return cores
+
+
+class ServerProcess:
+    """A draft server as a child process, started again when it dies.
+
+    Args:
+        config: the engine's settings.
+        model: what the server loads.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self, config: SpecBranchConfig, model: DraftModelSettings, *, on_cpu: bool, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._on_cpu = on_cpu
+        self._clock = clock
+        self._directory = Path(tempfile.mkdtemp(prefix="specbranch-"))
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_s = 0.0
+        self._back_off_s = FIRST_BACK_OFF_S
+        self._start_after_s = 0.0
+        self._is_reported = True
+        self.num_starts = 0
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def address(self) -> str:
+        """Where the newest server listens; every start has its own."""
+        return f"ipc://{self._directory}/draft-{self.num_starts}.sock"
+
+    def is_running(self) -> bool:
+        """Whether the child lives. Reports its death once, in the log."""
+        if self._process is None:
+            return False
+        code = self._process.poll()
+        if code is None:
+            return True
+        if not self._is_reported:
+            self._is_reported = True
+            if self._clock() - self._started_s > HEALTHY_AFTER_S:
+                self._back_off_s = FIRST_BACK_OFF_S
+            self._start_after_s = self._clock() + self._back_off_s
+            logger.warning(
+                "The draft server (pid %d) ended with status %d. Requests go on without drafts; next start in %.1f s.",
+                self._process.pid,
+                code,
+                self._back_off_s,
+            )
+            self._back_off_s = min(2 * self._back_off_s, LONGEST_BACK_OFF_S)
+        return False
+
+    def ensure_running(self) -> bool:
+        """Start the child if it does not run and its back-off is over.
+
+        Returns:
+            Whether a new child was started.
+        """
+        if self.is_running() or self._clock() < self._start_after_s:
+            return False
+        self._start()
+        return True
+
+    def _start(self) -> None:
+        self._close_lifeline()
+        self.num_starts += 1
+        cores = self._cores()
+        spec = ServerSpec(self.address, cores, self._model, self._config)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "vllm_specbranch.draft_main"],
+            stdin=subprocess.PIPE,
+            env=draft_server_environment(self._overrides(cores), _TARGET_ONLY_VARIABLES),
+        )
+        self._started_s = self._clock()
+        self._is_reported = False
+        assert self._process.stdin is not None
+        # A child that dies at once breaks the pipe; its death is reported by `is_running`.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write(spec.to_json() + b"\n")
+            self._process.stdin.flush()
+
+    def _cores(self) -> tuple[int, ...] | None:
+        if not self._on_cpu:
+            return self._config.draft_cpu_cores
+        cores = choose_cores(self._config.draft_cpu_cores, available_cores(), parse_target_cores(target_core_settings()))
+        if cores is None and self.num_starts == 1:
+            logger.warning(
+                "The draft server shares CPU cores with the target, so they will wait for each other. Give each its own: "
+                "VLLM_CPU_OMP_THREADS_BIND for the target, draft_cpu_cores for the draft server."
+            )
+        return cores
+
+    def _overrides(self, cores: tuple[int, ...] | None) -> dict[str, str]:
+        overrides = {"VLLM_LOGGING_PREFIX": "(DraftServer) "}
+        if self._on_cpu:
+            overrides["OMP_NUM_THREADS"] = str(len(cores) if cores else 1)
+        elif self._config.draft_device is not None:
+            overrides["CUDA_VISIBLE_DEVICES"] = str(self._config.draft_device)
+        return overrides
+
+    def kill(self) -> None:
+        """End a child that no longer answers; `ensure_running` starts the next one."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait(STOP_TIMEOUT_S)
+
+    def stop(self) -> None:
+        """End the child and remove its directory. Safe to call again."""
+        self._close_lifeline()
+        if self._process is not None:
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self.kill()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _close_lifeline(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()

@@ -1,0 +1,145 @@
+"""Policies: what to submit, where to fork, what to extend, when to wait. Pure decisions on a token tree.
+
+Owns no state, no clock and no model: the draft server measures, asks, and carries out. Runs in the draft server process.
+
+    PEARL (arXiv:2408.11850): one chain; all drafted tokens are submitted; a miss goes on with an empty chunk.
+    SpecBranch (arXiv:2506.01979): a chunk ends where the draft model is unsure (section 4, "hybrid drafting", here without the
+        length head), and k candidates are forked at that branch point (section 5, "branch resampling").
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.token_tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What could be submitted for a request now.
+
+    Attributes:
+        end: the node where the chunk ends, the branch point; the root for an empty chunk.
+        num_tokens: draft tokens from the root (exclusive) to `end`.
+        is_complete: more drafting would not make it longer.
+        survival: product of the draft's top probabilities along it, an estimate of the chance that all of it is accepted.
+    """
+
+    end: int
+    num_tokens: int
+    is_complete: bool
+    survival: float
+
+
+@dataclass(frozen=True, slots=True)
+class WaitCosts:
+    """What a longer wait is weighed against. All times in seconds.
+
+    Attributes:
+        step_s: one draft step.
+        token_s: target time per committed token of one request.
+        acceptance: chance that one more drafted token is accepted, 0..1.
+        num_waiting: requests of this engine step; each is delayed by a wait.
+    """
+
+    step_s: float
+    token_s: float
+    acceptance: float
+    num_waiting: int
+
+
+class Planner:
+    """The policy of one engine.
+
+    Args:
+        config: policy, chunk length, branches and rules.
+    """
+
+    def __init__(self, config: SpecBranchConfig) -> None:
+        self._max_chunk = config.num_speculative_tokens
+        self._max_branches = config.max_branches
+        self._threshold = config.stop_threshold if config.stop_rule == "confidence" else 0.0
+        self._on_miss = config.on_miss
+
+    @property
+    def num_candidates(self) -> int:
+        """How many top candidates a draft step must return per row."""
+        return self._max_branches
+
+    def chunk(self, tree: TokenTree) -> Chunk:
+        """The chunk that could be submitted now: along the draft's first choices, up to the stop rule or the limit.
+
+        A forward stopping rule: whether a token enters depends on the distribution it was drawn from, never on the token.
+        """
+        node = tree.node(tree.root)
+        survival = 1.0
+        for length in range(self._max_chunk):
+            candidates = node.candidates
+            if candidates is None:
+                return Chunk(node.node_id, length, False, survival)
+            if candidates.probs[0] < self._threshold:
+                return Chunk(node.node_id, length, True, survival)
+            child = node.children.get(candidates.token_ids[0])
+            if child is None:
+                return Chunk(node.node_id, length, False, survival)
+            survival *= candidates.probs[0]
+            node = tree.node(child)
+        return Chunk(node.node_id, self._max_chunk, True, survival)
+
+    def num_branches(self, confidence: float) -> int:
+        """k = max(1, floor(k_max (1 - q))), arXiv:2506.01979 section 5.
+
+        Args:
+            confidence: the draft's top probability at the branch point, 0..1.
+        """
+        return max(1, int(self._max_branches * (1.0 - confidence)))
+
+    def forks(self, tree: TokenTree, branch_point: int) -> list[int]:
+        """Tokens to fork at the branch point now: the draft's candidates that are not there yet, best first."""
+        node = tree.node(branch_point)
+        if node.candidates is None:
+            return []
+        count = self.num_branches(node.candidates.probs[0])
+        return [token for token in node.candidates.token_ids[:count] if token not in node.children]
+
+    def extensions(self, tree: TokenTree, below: int) -> Iterator[tuple[int, int]]:
+        """Fed leaves that get their first choice appended now, as (leaf, token).
+
+        A branch is drafted until a full chunk is ready below its first token.
+        """
+        last_position = self._last_position(tree, below)
+        for leaf in tree.leaves(below):
+            node = tree.node(leaf)
+            if node.candidates is not None and node.position < last_position:
+                yield leaf, node.candidates.token_ids[0]
+
+    def rows(self, tree: TokenTree, below: int) -> list[int]:
+        """Leaves under a node that the next draft step should feed, the most likely branch first."""
+        last_position = self._last_position(tree, below)
+        leaves = ((leaf, tree.node(leaf)) for leaf in tree.leaves(below))
+        return [leaf for leaf, node in leaves if node.candidates is None and node.position <= last_position]
+
+    def _last_position(self, tree: TokenTree, below: int) -> int:
+        return tree.node(below).position + 1 + self._max_chunk
+
+    def wants_more(self, chunk: Chunk, *, hit: bool) -> bool:
+        """Whether a request would wait for a longer chunk under the fixed rules (`go`, `wait:N`); `auto` always would."""
+        if chunk.is_complete or self._on_miss.kind == "go":
+            return False
+        if self._on_miss.kind == "wait":
+            return not hit and chunk.num_tokens < self._on_miss.num_tokens
+        return True
+
+    def worth_waiting(self, growing: Sequence[Chunk], costs: WaitCosts) -> bool:
+        """Whether one more draft step before the reply pays, for the whole engine step (section 4 of the design).
+
+        One more token of a chunk saves `token_s` if it is accepted; the step delays every request of the batch.
+
+        Args:
+            growing: the chunks that the step would make longer.
+            costs: measured times.
+        """
+        if not growing or self._on_miss.kind != "auto":
+            return bool(growing)
+        gain_s = sum(chunk.survival for chunk in growing) * costs.acceptance * costs.token_s
+        return gain_s > costs.num_waiting * costs.step_s

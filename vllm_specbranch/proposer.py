@@ -1,0 +1,281 @@
+"""The proposer: tells the draft server what the target decided, and hands its drafts to vLLM's scheduler.
+
+Owns the order of messages of an engine step and which requests the server knows. vLLM makes one per target worker
+(`custom_class`); it is active on the output rank only. Everything it knows of vLLM's V1 model runner is in `_Runner`. Runs in
+the target's worker.
+
+    execute_model  -> begin_step      opens and closes go out; the draft's prefill runs while the target's does
+    sample         -> propose         outcomes go out; nothing is waited for
+    (outputs are queued)
+    take_draft_token_ids -> collect   the reply comes in, within the reply timeout
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.platforms import current_platform
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.outputs import DraftTokenIds
+
+from vllm_specbranch import messages
+from vllm_specbranch.config import MAX_AUTO_REPLY_TIMEOUT_MS
+from vllm_specbranch.draft_link import DraftLink
+from vllm_specbranch.draft_model import DraftModelSettings
+from vllm_specbranch.metrics import EngineCounters, rates
+from vllm_specbranch.placement import ServerProcess
+from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
+from vllm_specbranch.scorer import Scorer
+from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
+
+logger = logging.getLogger("vllm.specbranch.proposer")
+
+# A reply is late when it takes as long as this many rounds; below the floor a timer tick or one prefill chunk would count as late.
+TIMEOUT_ROUNDS = 4.0
+MIN_AUTO_REPLY_TIMEOUT_MS = 10.0
+# The server stops waiting for its own draft steps in time for the reply to arrive before the timeout.
+WAIT_SHARE = 0.5
+ROUND_WEIGHT = 0.1
+STATUS_TIMEOUT_S = 2.0
+
+
+class _InputBatch(Protocol):
+    req_ids: list[str]
+
+
+class _Runner(Protocol):
+    """What is used of vLLM's V1 model runner."""
+
+    input_batch: _InputBatch
+
+
+class Proposer:
+    """vLLM's custom proposer for `method: specbranch`.
+
+    Args:
+        vllm_config: of the target; its speculative config is a `SpecBranchSpeculativeConfig`.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        speculative = vllm_config.speculative_config
+        assert isinstance(speculative, SpecBranchSpeculativeConfig)
+        self._config = speculative.specbranch
+        self._max_model_len: int = vllm_config.model_config.max_model_len
+        self.counters = EngineCounters()
+        self.scorer = Scorer(self.counters)
+        self._runner: _Runner | None = None
+        self._link: DraftLink | None = None
+        if get_tensor_model_parallel_rank() == 0:
+            self._link = self._open_link(speculative, vllm_config.model_config.get_vocab_size())
+        self._generation = 0
+        self._known: set[str] = set()
+        self._undraftable: set[str] = set()
+        self._round = 0
+        self._expected: dict[str, int] = {}
+        self._may_wait = False
+        self._round_s = 0.0
+        self._last_propose_s: float | None = None
+
+    def _open_link(self, speculative: SpecBranchSpeculativeConfig, vocab_size: int) -> DraftLink:
+        draft = speculative.draft
+        settings = DraftModelSettings(
+            model=draft.model,
+            max_model_len=draft.max_model_len,
+            dtype=draft.dtype,
+            quantization=draft.quantization,
+            revision=draft.revision,
+            trust_remote_code=draft.trust_remote_code,
+            load_format=draft.load_format,
+            enforce_eager=draft.enforce_eager,
+            kv_cache_bytes=self._config.draft_kv_cache_bytes,
+            gpu_memory_utilization=self._config.draft_gpu_memory_utilization,
+            seed=draft.seed,
+        )
+        process = ServerProcess(self._config, settings, on_cpu=current_platform.is_cpu())
+        link = DraftLink(process, vocab_size=vocab_size, max_model_len=self._max_model_len, counters=self.counters)
+        # The server takes as long to start as the target does: start both at once.
+        link.poll()
+        return link
+
+    # --- what vLLM calls --------------------------------------------------------------------------------------------------
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """The draft model is loaded by the draft server: nothing to do here."""
+
+    def attach(self, runner: _Runner) -> None:
+        """Take the model runner, whose batch order `propose` needs."""
+        self._runner = runner
+
+    def wait_until_up(self, timeout_s: float) -> None:
+        """Wait for the draft server while the engine starts, so that the first request is drafted for."""
+        if self._link is not None and not self._link.wait_until_up(timeout_s):
+            logger.warning("The draft server did not start; requests are decoded without drafts until it does.")
+
+    def begin_step(self, scheduled: SchedulerOutput) -> None:
+        """Send opens and closes at the start of an engine step; look after the draft server."""
+        if self._link is None:
+            return
+        started_s = time.perf_counter()
+        self._may_wait = isinstance(scheduled, SpecBranchSchedulerOutput) and not scheduled.num_waiting_requests
+        self.scorer.begin_step(scheduled.scheduled_spec_decode_tokens)
+        self._link.poll()
+        if self._link.generation != self._generation:
+            self._generation = self._link.generation
+            self._known.clear()
+        closes = [one for one in scheduled.finished_req_ids if one in self._known]
+        for request_id in scheduled.finished_req_ids:
+            self._forget(request_id)
+        opens = [self._open(one) for one in scheduled.scheduled_new_reqs if self._is_draftable(one)]
+        if opens or closes:
+            self._send_step(opens, closes)
+        self.counters.propose_s += time.perf_counter() - started_s
+
+    def propose(
+        self,
+        sampled_token_ids: Sequence[Sequence[int]],
+        num_tokens_no_spec: npt.NDArray[np.int32],
+        token_ids_cpu: npt.NDArray[np.int32],
+        slot_mappings: object = None,
+    ) -> list[list[int]]:
+        """Send what the target decided; drafts are collected later.
+
+        Args:
+            sampled_token_ids: per row of the batch the committed tokens of this step, empty for an unfinished prefill.
+            num_tokens_no_spec: `[num_reqs]`, committed tokens per row, these included.
+            token_ids_cpu: `[num_reqs, max_model_len]`, all tokens per row.
+            slot_mappings: unused.
+
+        Returns:
+            An empty list per row: vLLM requires lists, and asks for the drafts again in `take_draft_token_ids`.
+        """
+        del slot_mappings
+        nothing: list[list[int]] = [[] for _ in sampled_token_ids]
+        if self._link is None or self._runner is None:
+            return nothing
+        started_s = time.perf_counter()
+        commits: list[messages.Commit] = []
+        opens: list[messages.Open] = []
+        self._expected = {}
+        request_ids = self._runner.input_batch.req_ids
+        for row, tokens in enumerate(sampled_token_ids):
+            if not tokens:
+                self._may_wait = False
+                continue
+            request_id, num_tokens = request_ids[row], int(num_tokens_no_spec[row])
+            self.scorer.observe(request_id, len(tokens))
+            if not self._link.is_up or num_tokens >= self._link.draft_max_model_len:
+                continue
+            if request_id in self._known:
+                commits.append(messages.Commit(request_id, num_tokens - len(tokens), list(tokens)))
+                self._expected[request_id] = num_tokens
+            elif request_id not in self._undraftable:
+                opens.append(messages.Open(request_id, token_ids_cpu[row, :num_tokens].tolist()))
+        if opens:
+            self._send_step(opens, [])
+        self._send_commits(commits)
+        self._observe_round(started_s)
+        return nothing
+
+    def take_draft_token_ids(self) -> DraftTokenIds | None:
+        """Collect the reply to this step's commits; what does not come within the reply timeout is not drafted."""
+        if self._link is None or not self._expected:
+            return None
+        started_s = time.perf_counter()
+        reply = self._link.receive(self._round, self._reply_timeout_ms())
+        waited_s = time.perf_counter() - started_s
+        self.counters.wait_s += waited_s
+        self.counters.longest_wait_s = max(self.counters.longest_wait_s, waited_s)
+        expected, self._expected = self._expected, {}
+        if reply is None:
+            return None
+        self.counters.num_replies += 1
+        self._known.difference_update(reply.unknown)
+        drafts = DraftTokenIds([], [])
+        for draft in reply.drafts:
+            if draft.tokens and expected.get(draft.request_id) == draft.position:
+                drafts.req_ids.append(draft.request_id)
+                drafts.draft_token_ids.append(draft.tokens[: self._config.num_speculative_tokens])
+                self.scorer.hand_over(draft.request_id, draft.tokens)
+        return drafts
+
+    def shutdown(self) -> None:
+        """End the draft server. Safe to call again."""
+        if self._link is not None:
+            self._link.close()
+
+    # --- details ----------------------------------------------------------------------------------------------------------
+
+    def _is_draftable(self, request: NewRequestData) -> bool:
+        """Whether the draft model can follow a request: text given as token ids, within the draft's context."""
+        assert self._link is not None
+        if request.prompt_token_ids is None or request.prompt_embeds is not None or request.mm_features:
+            self._undraftable.add(request.req_id)
+            return False
+        return self._link.is_up and len(request.prompt_token_ids) < self._link.draft_max_model_len
+
+    def _open(self, request: NewRequestData) -> messages.Open:
+        assert request.prompt_token_ids is not None
+        return messages.Open(request.req_id, request.prompt_token_ids)
+
+    def _send_step(self, opens: list[messages.Open], closes: list[str]) -> None:
+        assert self._link is not None
+        if self._link.send(messages.StepBegin(opens, closes)):
+            self._known.update(one.request_id for one in opens)
+
+    def _forget(self, request_id: str) -> None:
+        self._known.discard(request_id)
+        self._undraftable.discard(request_id)
+        self.scorer.forget(request_id)
+
+    def _send_commits(self, commits: list[messages.Commit]) -> None:
+        if not commits:
+            return
+        assert self._link is not None
+        self._round += 1
+        max_wait_ms = WAIT_SHARE * self._reply_timeout_ms() if self._may_wait else 0.0
+        self.counters.num_commit_batches += 1
+        if not self._link.send(messages.CommitBatch(self._round, max_wait_ms, commits)):
+            self._expected = {}
+
+    def _observe_round(self, started_s: float) -> None:
+        """Measure rounds that follow each other directly; a longer gap than the longest timeout is idle time or a prefill."""
+        if self._last_propose_s is not None:
+            round_s = started_s - self._last_propose_s
+            if round_s < 10 * MAX_AUTO_REPLY_TIMEOUT_MS / 1e3:
+                self._round_s += (ROUND_WEIGHT if self._round_s else 1.0) * (round_s - self._round_s)
+        self._last_propose_s = started_s
+        self.counters.propose_s += time.perf_counter() - started_s
+
+    def _reply_timeout_ms(self) -> float:
+        if self._config.reply_timeout_ms is not None:
+            return self._config.reply_timeout_ms
+        if not self._round_s:
+            return MAX_AUTO_REPLY_TIMEOUT_MS
+        return min(MAX_AUTO_REPLY_TIMEOUT_MS, max(MIN_AUTO_REPLY_TIMEOUT_MS, 1e3 * TIMEOUT_ROUNDS * self._round_s))
+
+    def status(self) -> dict[str, Any]:
+        """Counters of both sides and the rates made from them; plain values only. Asks the draft server, so it takes a while."""
+        if self._link is None:
+            return {}
+        server = self._link.query_status(STATUS_TIMEOUT_S)
+        engine = self.counters.as_dict()
+        server_counters = dict(server.counters) if server else {}
+        return {
+            "engine": engine,
+            "accepted_by_position": dict(self.counters.accepted_by_position),
+            "drafted_by_position": dict(self.counters.drafted_by_position),
+            "rates": rates(engine, server_counters),
+            "server": server_counters,
+            "server_timings_us": dict(server.timings_us) if server else {},
+            "num_requests": server.num_requests if server else None,
+            "num_blocks_held": server.num_blocks_held if server else None,
+            "num_blocks": server.num_blocks if server else None,
+            "is_up": self._link.is_up,
+            "server_pid": self._link.server_pid,
+            "round_s": self._round_s,
+        }
