@@ -1,0 +1,132 @@
+"""Settings: what is accepted, and how each mistake is refused."""
+
+import dataclasses
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+
+from vllm_specbranch.config import CONFIG_ENV, OnMiss, SpecBranchConfig, load_bare_word_settings
+from vllm_specbranch.errors import ConfigError
+
+
+def test_defaults_are_those_of_the_design() -> None:
+    config = SpecBranchConfig.from_user({"method": "specbranch", "model": "draft"})
+    assert (config.num_speculative_tokens, config.policy, config.max_branches) == (8, "specbranch", 8)
+    assert (config.stop_rule, config.stop_threshold, config.on_miss) == ("confidence", 0.3, OnMiss("auto"))
+    assert config.draft_placement == "process"
+    assert config.reply_timeout_ms is None
+
+
+def test_pearl_has_its_own_defaults_and_none_of_them_silently_wins_over_the_user() -> None:
+    config = SpecBranchConfig.from_user({"model": "draft", "policy": "pearl"})
+    assert (config.max_branches, config.stop_rule, config.on_miss) == (1, "none", OnMiss("go"))
+    assert SpecBranchConfig.from_user({"model": "draft", "policy": "pearl", "on_miss": "wait:3"}).on_miss == OnMiss("wait", 3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_speculative_tokens", 0),
+        ("num_speculative_tokens", 65),
+        ("num_speculative_tokens", 8.0),
+        ("num_speculative_tokens", True),
+        ("num_speculative_tokens", "8"),
+        ("policy", "fastest"),
+        ("policy", 1),
+        ("max_branches", 0),
+        ("max_branches", 65),
+        ("stop_rule", "entropy"),
+        ("stop_threshold", 1.5),
+        ("stop_threshold", -0.1),
+        ("stop_threshold", float("nan")),
+        ("on_miss", "wait"),
+        ("on_miss", "wait:0"),
+        ("on_miss", "wait:65"),
+        ("on_miss", "wait:two"),
+        ("on_miss", 3),
+        ("draft_placement", "ray"),
+        ("draft_device", -1),
+        ("draft_cpu_cores", []),
+        ("draft_cpu_cores", "3-1"),
+        ("draft_cpu_cores", "a"),
+        ("draft_cpu_cores", [-1]),
+        ("draft_cpu_cores", [1.5]),
+        ("draft_kv_cache_bytes", 0),
+        ("draft_gpu_memory_utilization", 0.0),
+        ("draft_gpu_memory_utilization", 1.1),
+        ("reply_timeout_ms", 0.5),
+        ("reply_timeout_ms", 10_001),
+        ("quantization", ""),
+        ("max_model_len", 0),
+        ("draft_tensor_parallel_size", 2),
+        ("enforce_eager", "yes"),
+        ("num_spec_tokens", 4),
+    ],
+)
+def test_a_bad_setting_names_the_value_what_is_allowed_and_the_field(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SpecBranchConfig.from_user({"model": "draft", key: value})
+    assert caught.value.field == key
+    assert repr(value) in str(caught.value)
+    assert "allowed: " in str(caught.value)
+
+
+@pytest.mark.parametrize("model", [None, "", 3])
+def test_the_draft_model_is_required(model: object) -> None:
+    with pytest.raises(ConfigError, match="model="):
+        SpecBranchConfig.from_user({"model": model})
+
+
+def test_pearl_has_one_chain() -> None:
+    with pytest.raises(ConfigError, match="max_branches=4"):
+        SpecBranchConfig.from_user({"model": "draft", "policy": "pearl", "max_branches": 4})
+
+
+def test_the_users_dict_stays_as_it_was() -> None:
+    settings = {"method": "specbranch", "model": "draft", "draft_cpu_cores": "0-2,5"}
+    before = dict(settings)
+    assert SpecBranchConfig.from_user(settings).draft_cpu_cores == (0, 1, 2, 5)
+    assert settings == before
+
+
+def test_every_setting_is_documented() -> None:
+    for field in dataclasses.fields(SpecBranchConfig):
+        assert field.name in (SpecBranchConfig.__doc__ or "")
+
+
+def test_errors_and_settings_travel_between_processes() -> None:
+    error = pickle.loads(pickle.dumps(ConfigError(3, "4", "five")))
+    assert (error.value, error.allowed, error.field) == (3, "4", "five")
+    config = SpecBranchConfig.from_user({"model": "draft"})
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_the_bare_word_reads_the_file_beside_the_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CONFIG_ENV, raising=False)
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "specbranch.json").write_text(json.dumps({"model": "draft", "policy": "pearl"}))
+    settings = load_bare_word_settings(str(tmp_path))
+    assert settings == {"model": str(tmp_path / "draft"), "policy": "pearl"}
+
+
+def test_the_environment_names_another_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.json").write_text('{"model": "org/draft"}')
+    monkeypatch.setenv(CONFIG_ENV, str(tmp_path / "mine.json"))
+    assert load_bare_word_settings("/nowhere") == {"model": "org/draft"}
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]"])
+def test_the_bare_word_without_a_good_file_says_what_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
+) -> None:
+    monkeypatch.delenv(CONFIG_ENV, raising=False)
+    if content is not None:
+        (tmp_path / "specbranch.json").write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_bare_word_settings(str(tmp_path))
+    assert str(tmp_path / "specbranch.json") in str(caught.value)
+    if content is None:
+        assert '"model"' in str(caught.value)
+        assert CONFIG_ENV in str(caught.value)

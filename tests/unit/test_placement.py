@@ -1,0 +1,150 @@
+"""Cores, back-off and the child's life, with a tiny script in place of the draft server."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vllm_specbranch import placement
+from vllm_specbranch.config import OnMiss, SpecBranchConfig
+from vllm_specbranch.draft_model import DraftModelSettings
+from vllm_specbranch.placement import ServerProcess, ServerSpec, choose_cores, parse_target_cores
+
+CONFIG = SpecBranchConfig.from_user({"model": "draft", "on_miss": "wait:3", "draft_cpu_cores": [0]})
+MODEL = DraftModelSettings(model="draft", max_model_len=64)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        (None, set()),
+        ("", set()),
+        ("{0}", {0}),
+        ("{0,1,5}", {0, 1, 5}),
+        ("0 2 4", {0, 2, 4}),
+        ("0-2", {0, 1, 2}),
+        ("granularity=fine,explicit,proclist=[1,3]", {1, 3}),
+    ],
+)
+def test_target_cores_are_read_from_any_openmp_setting(setting: str | None, expected: set[int]) -> None:
+    assert parse_target_cores(setting) == expected
+
+
+def test_the_draft_server_takes_what_the_target_leaves() -> None:
+    assert choose_cores(None, {0, 1, 2}, {0}) == (1, 2)
+    assert choose_cores((3,), {0, 1}, {0}) == (3,)
+    assert choose_cores(None, {0, 1}, {0, 1}) is None
+    assert choose_cores(None, {0, 1}, set()) is None
+
+
+def test_the_spec_survives_its_way_to_the_child() -> None:
+    spec = ServerSpec("ipc:///tmp/x", (1,), MODEL, CONFIG)
+    line = spec.to_json()
+    assert b"\n" not in line
+    assert ServerSpec.from_json(line) == spec
+    assert ServerSpec.from_json(line).config.on_miss == OnMiss("wait", 3)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Replace the child's program: it writes its spec to a file, then waits for its lifeline."""
+    log = tmp_path / "spec.json"
+    program = f"import sys, pathlib; pathlib.Path({str(log)!r}).write_bytes(sys.stdin.buffer.readline()); sys.stdin.buffer.read()"
+    real_popen = subprocess.Popen
+
+    def popen(command: list[str], **keywords: object) -> "subprocess.Popen[bytes]":
+        assert command[1:] == ["-m", "vllm_specbranch.draft_main"]
+        return real_popen([sys.executable, "-S", "-c", program], **keywords)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(placement.subprocess, "Popen", popen)
+    return log
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def wait_for(condition: object, timeout_s: float = 10.0) -> None:
+    assert callable(condition)
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_dead_child_is_started_again_after_a_growing_back_off(stand_in: Path, caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    process = ServerProcess(CONFIG, MODEL, on_cpu=True, clock=clock)
+    try:
+        assert process.ensure_running()
+        assert not process.ensure_running()
+        wait_for(stand_in.exists)
+        wait_for(lambda: stand_in.read_bytes().endswith(b"\n"))
+        assert ServerSpec.from_json(stand_in.read_bytes()).cores == (0,)
+        addresses = {process.address}
+        waits = []
+        for _ in range(4):
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+            wait_for(lambda: not process.is_running())
+            started_s = clock.now_s
+            while not process.ensure_running():
+                clock.now_s += 0.25
+            waits.append(clock.now_s - started_s)
+            addresses.add(process.address)
+        assert waits == [0.5, 1.0, 2.0, 4.0]
+        assert len(addresses) == 5, "every start has its own address"
+        assert sum("ended with status -9" in record.message for record in caplog.records) == 4, "one line per death"
+    finally:
+        process.stop()
+
+
+def test_a_long_healthy_life_ends_the_series(stand_in: Path) -> None:
+    clock = Clock()
+    process = ServerProcess(CONFIG, MODEL, on_cpu=True, clock=clock)
+    try:
+        for lived_s, back_off_s in ((1.0, 0.5), (1.0, 1.0), (placement.HEALTHY_AFTER_S + 1, 0.5)):
+            assert process.ensure_running()
+            clock.now_s += lived_s
+            process.kill()
+            assert not process.ensure_running(), "its death is noticed, the back-off begins"
+            clock.now_s += back_off_s - 0.01
+            assert not process.ensure_running()
+            clock.now_s += 0.02
+        assert process.ensure_running()
+    finally:
+        process.stop()
+
+
+def test_stop_leaves_neither_process_nor_directory(stand_in: Path) -> None:
+    process = ServerProcess(CONFIG, MODEL, on_cpu=True)
+    process.ensure_running()
+    pid, directory = process.pid, Path(process.address.removeprefix("ipc://")).parent
+    assert directory.stat().st_mode & 0o777 == 0o700, "only the user can enter"
+    process.stop()
+    process.stop()
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
+    assert not directory.exists()
+
+
+def test_the_child_gets_none_of_the_targets_thread_settings(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_PLACES", "{0}")
+    monkeypatch.setenv("KMP_AFFINITY", "x")
+    process = ServerProcess(CONFIG, MODEL, on_cpu=True)
+    try:
+        process.ensure_running()
+        environment = psutil.Process(process.pid).environ()
+        assert "OMP_PLACES" not in environment
+        assert "KMP_AFFINITY" not in environment
+        assert environment["OMP_NUM_THREADS"] == "1"
+    finally:
+        process.stop()
