@@ -1,0 +1,66 @@
+"""Hypothesis strategies for what travels between the engine and the draft server."""
+
+from hypothesis import strategies as st
+
+from vllm_specbranch.messages import (
+    MAX_ID_LENGTH,
+    Commit,
+    CommitBatch,
+    Draft,
+    DraftBatch,
+    EngineMessage,
+    Failure,
+    Hello,
+    Open,
+    Ready,
+    ServerMessage,
+    Shutdown,
+    Status,
+    StatusQuery,
+    StepBegin,
+)
+
+MAX_INT32 = 2**31 - 1
+MAX_INT64 = 2**63 - 1
+
+text = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+identifiers = text | st.just("x" * MAX_ID_LENGTH)
+int32s = st.integers(0, 300) | st.integers(0, MAX_INT32)
+sizes = st.integers(1, MAX_INT32)
+counts = st.integers(0, 300) | st.integers(0, MAX_INT64)
+token_lists = st.lists(int32s, max_size=8)
+some_tokens = st.lists(int32s, min_size=1, max_size=8)
+durations_us = st.floats(0, 1e15)
+durations_ms = st.floats(0, 60_000)
+
+opens = st.builds(Open, identifiers, some_tokens)
+commits = st.builds(Commit, identifiers, int32s, some_tokens)
+drafts = st.builds(Draft, identifiers, int32s, token_lists, st.booleans())
+
+
+def few(elements: st.SearchStrategy) -> st.SearchStrategy[list]:
+    """Short lists of something."""
+    return st.lists(elements, max_size=4)
+
+
+engine_messages: st.SearchStrategy[EngineMessage] = st.one_of(
+    st.builds(Hello, identifiers, sizes, sizes),
+    st.builds(StepBegin, few(opens), few(identifiers)),
+    st.builds(CommitBatch, counts, durations_ms, few(commits)),
+    st.builds(StatusQuery, counts),
+    st.just(Shutdown()),
+)
+server_messages: st.SearchStrategy[ServerMessage] = st.one_of(
+    st.builds(Ready, identifiers, sizes, sizes, sizes),
+    st.builds(DraftBatch, counts, few(drafts), few(identifiers)),
+    st.builds(
+        Status,
+        counts,
+        counts,
+        counts,
+        counts,
+        st.dictionaries(text, counts, max_size=4),
+        st.dictionaries(text, durations_us, max_size=4),
+    ),
+    st.builds(Failure, text),
+)

@@ -1,0 +1,258 @@
+"""The wire between the engine and the draft server: what a message is, how it becomes bytes, which bytes are refused.
+
+Owns the message structs, the protocol version and the limits. Does not own sockets, timeouts or queues (`transport`),
+nor what a message means to the token tree (`draft_server`). Runs in both processes: the target worker encodes engine
+messages and decodes server messages, the draft server does the opposite.
+
+    one message on the wire:   | version, 1 byte | msgpack array: ["CommitBatch", round, max_wait_ms, [...]] |
+
+Decoding is strict: a wrong type, a number out of range, an array that is too long or too short, trailing bytes or a
+message of the other direction raise `WireError`, and nothing else is ever raised. Building a struct does not validate
+it; the receiver does, because only the receiver must survive what the other side sends.
+"""
+
+from typing import Annotated, TypeVar
+
+import msgspec
+
+from vllm_specbranch.errors import WireError
+
+PROTOCOL_VERSION = 1
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # 3.3 million tokens at msgpack's 5 bytes each; includes the version byte.
+MAX_ENTRIES = 4096  # Requests named in one list of a message; four times vLLM's largest default of max_num_seqs.
+MAX_ID_LENGTH = 256  # Characters of a request id or session name.
+
+_MAX_INT32 = 2**31 - 1  # Token ids and positions become int32 tensors.
+_MAX_INT64 = 2**63 - 1
+_MAX_US = 1e15  # Thirty years in microseconds: any finite bound shuts out infinity.
+_MAX_REASON_LENGTH = 200  # Of a decoding error, in characters: it may quote what the peer sent.
+
+Token = Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT32)]
+Position = Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT32)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT64)]
+Size = Annotated[int, msgspec.Meta(ge=1, le=_MAX_INT32)]
+DurationMs = Annotated[float, msgspec.Meta(ge=0.0, le=60_000.0)]
+SomeTokens = Annotated[list[Token], msgspec.Meta(min_length=1)]
+Identifier = Annotated[str, msgspec.Meta(max_length=MAX_ID_LENGTH)]
+DurationUs = Annotated[float, msgspec.Meta(ge=0.0, le=_MAX_US)]
+
+
+class _Wire(msgspec.Struct, array_like=True, tag=True, frozen=True, forbid_unknown_fields=True):
+    """Base of everything on the wire: an array that starts with the name of its type and has one entry per field."""
+
+
+class Open(_Wire, frozen=True):
+    """Start drafting for a request.
+
+    Args:
+        request_id: the engine's id of the request.
+        tokens: all committed tokens so far, prompt first.
+    """
+
+    request_id: Identifier
+    tokens: SomeTokens
+
+
+class Commit(_Wire, frozen=True):
+    """What one round of verification decided for one request.
+
+    Args:
+        request_id: the engine's id of the request.
+        position: absolute index of `tokens[0]` in the sequence.
+        tokens: the accepted draft tokens followed by the token that the target sampled.
+    """
+
+    request_id: Identifier
+    position: Position
+    tokens: SomeTokens
+
+
+class Draft(_Wire, frozen=True):
+    """The next chunk for one request.
+
+    Args:
+        request_id: the engine's id of the request.
+        position: absolute index of `tokens[0]`, which is the number of committed tokens.
+        tokens: draft tokens, possibly none.
+        hit: whether the commit stayed within what had been drafted ahead.
+    """
+
+    request_id: Identifier
+    position: Position
+    tokens: list[Token]
+    hit: bool
+
+
+Opens = Annotated[list[Open], msgspec.Meta(max_length=MAX_ENTRIES)]
+Commits = Annotated[list[Commit], msgspec.Meta(max_length=MAX_ENTRIES)]
+Drafts = Annotated[list[Draft], msgspec.Meta(max_length=MAX_ENTRIES)]
+RequestIds = Annotated[list[Identifier], msgspec.Meta(max_length=MAX_ENTRIES)]
+
+
+class Hello(_Wire, frozen=True):
+    """Engine to server, first message of a session; answered by `Ready`.
+
+    Args:
+        session: names this life of the engine's connection; echoed by `Ready`.
+        vocab_size: of the target model.
+        max_model_len: of the target model, in tokens.
+    """
+
+    session: Identifier
+    vocab_size: Size
+    max_model_len: Size
+
+
+class StepBegin(_Wire, frozen=True):
+    """Engine to server, when an engine step starts: requests that are new and requests that are gone.
+
+    Args:
+        opens: new requests.
+        closes: ids of finished and aborted requests.
+    """
+
+    opens: Opens
+    closes: RequestIds
+
+
+class CommitBatch(_Wire, frozen=True):
+    """Engine to server, after sampling: the outcomes of one round. Answered by one `DraftBatch` of the same round.
+
+    Args:
+        round: number of the round; the reply repeats it.
+        max_wait_ms: how long the server may delay the reply to draft more first; 0 asks for a reply at once.
+        commits: one entry per request that got tokens.
+    """
+
+    round: Count
+    max_wait_ms: DurationMs
+    commits: Commits
+
+
+class StatusQuery(_Wire, frozen=True):
+    """Engine to server: asks for a `Status` with the same `query` number."""
+
+    query: Count
+
+
+class Shutdown(_Wire, frozen=True):
+    """Engine to server: leave the serving loop. Not answered."""
+
+
+class Ready(_Wire, frozen=True):
+    """Server to engine: the answer to `Hello`.
+
+    Args:
+        session: the session of the `Hello` answered.
+        max_model_len: longest sequence the server can draft for, in tokens.
+        num_blocks: KV blocks of the draft model's cache.
+        block_size: tokens per KV block.
+    """
+
+    session: Identifier
+    max_model_len: Size
+    num_blocks: Size
+    block_size: Size
+
+
+class DraftBatch(_Wire, frozen=True):
+    """Server to engine: the reply to a `CommitBatch`.
+
+    Args:
+        round: the round of the batch answered.
+        drafts: one entry per request that is drafted for.
+        unknown: ids that the batch named and the server does not know (it restarted, say).
+    """
+
+    round: Count
+    drafts: Drafts
+    unknown: RequestIds
+
+
+class Status(_Wire, frozen=True):
+    """Server to engine: the answer to a `StatusQuery`.
+
+    Args:
+        query: the number of the query answered.
+        num_requests: open requests.
+        num_blocks_held: KV blocks in use.
+        num_blocks: KV blocks in all.
+        counters: event counts since the server started.
+        timings_us: durations in microseconds, by name.
+    """
+
+    query: Count
+    num_requests: Count
+    num_blocks_held: Count
+    num_blocks: Count
+    counters: dict[str, Count]
+    timings_us: dict[str, DurationUs]
+
+
+class Failure(_Wire, frozen=True):
+    """Server to engine: the server could not do what was asked."""
+
+    reason: str
+
+
+EngineMessage = Hello | StepBegin | CommitBatch | StatusQuery | Shutdown
+ServerMessage = Ready | DraftBatch | Status | Failure
+Message = EngineMessage | ServerMessage
+_M = TypeVar("_M")
+
+_encoder = msgspec.msgpack.Encoder()
+_engine_messages: msgspec.msgpack.Decoder[EngineMessage] = msgspec.msgpack.Decoder(EngineMessage)
+_server_messages: msgspec.msgpack.Decoder[ServerMessage] = msgspec.msgpack.Decoder(ServerMessage)
+
+
+def encode(message: Message) -> bytes:
+    """Turns a message into bytes: the version byte, then msgpack.
+
+    Raises:
+        WireError: the message is over `MAX_MESSAGE_BYTES`, or holds a value that msgpack cannot carry.
+    """
+    try:
+        body = _encoder.encode(message)
+    except (TypeError, OverflowError, UnicodeEncodeError) as error:
+        raise WireError(f"cannot encode a {type(message).__name__}: {_shorten(error)}") from error
+    if len(body) + 1 > MAX_MESSAGE_BYTES:
+        raise WireError(
+            f"a {type(message).__name__} of {len(body) + 1} bytes is over the limit of {MAX_MESSAGE_BYTES} bytes"
+        )
+    return bytes((PROTOCOL_VERSION,)) + body
+
+
+def decode_for_server(data: bytes) -> EngineMessage:
+    """Reads a message that an engine sent to a draft server.
+
+    Raises:
+        WireError: the bytes are empty, oversized, of another version, malformed, or not an engine's message.
+    """
+    return _decode(data, _engine_messages, "from an engine")
+
+
+def decode_for_engine(data: bytes) -> ServerMessage:
+    """Reads a message that a draft server sent to an engine.
+
+    Raises:
+        WireError: the bytes are empty, oversized, of another version, malformed, or not a draft server's message.
+    """
+    return _decode(data, _server_messages, "from a draft server")
+
+
+def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[_M], origin: str) -> _M:
+    if not data:
+        raise WireError(f"a message {origin} is empty")
+    if len(data) > MAX_MESSAGE_BYTES:
+        raise WireError(f"a message {origin} has {len(data)} bytes, over the limit of {MAX_MESSAGE_BYTES} bytes")
+    if data[0] != PROTOCOL_VERSION:
+        raise WireError(f"a message {origin} has protocol version {data[0]}; this side speaks {PROTOCOL_VERSION}")
+    try:
+        return decoder.decode(memoryview(data)[1:])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # msgspec lets broken UTF-8 through as the latter.
+        raise WireError(f"{len(data)} bytes are not a valid message {origin}: {_shorten(error)}") from error
+
+
+def _shorten(error: Exception) -> str:
+    """An error's text, safe for one log line: it can quote megabytes of what a peer sent."""
+    return ascii(str(error)[:_MAX_REASON_LENGTH])[1:-1]
