@@ -1,8 +1,8 @@
 """The draft model as the draft server sees it: rows of tokens in, the most likely next tokens out.
 
 Owns: what a row is, the layout of one batch of rows as arrays (`RowArrays`, numpy only), and `DraftModel`, the facade.
-Does not own: block accounting (`kv_blocks`), what to feed (`planner`, `draft_server`), and everything that knows vLLM or
-torch (`draft_runtime`, imported when a model is loaded). Runs in the draft server process.
+Does not own: block accounting (`kv_blocks`), what to feed (`planner`, `draft_server`), and all that knows vLLM or torch
+(`draft_runtime`, imported when a model is loaded). Runs in the draft server process.
 
 One forward of three rows, block size 4 (`.` = KV that is already there, `q` = query token of this forward):
 
@@ -176,8 +176,8 @@ class DraftModel:
             top_k: how many next tokens to return per row.
 
         Returns:
-            Per row the `top_k` most likely tokens after its last query token with their probability (float32 softmax over
-            the whole vocabulary), best first; the first is the lowest id among the best.
+            Per row the `top_k` most likely tokens after its last query token with their probability (float32 softmax
+            over the whole vocabulary), best first; the first is the lowest id among the best.
 
         Mutates: the KV cache, in the slots of the query tokens and the destinations of `copies`.
         """

@@ -1,7 +1,8 @@
 """The draft model inside vLLM's loader, layers and attention backend, without an engine.
 
 Owns: the vLLM configuration of the draft model, its process set-up, the KV cache tensor, the attention metadata, one
-forward. Does not own: rows (`draft_model`), which blocks belong to whom (`kv_blocks`). Runs in the draft server process.
+forward. Does not own: rows (`draft_model`), which blocks belong to whom (`kv_blocks`). Runs in the draft server
+process.
 Written against vLLM 0.32; everything that knows vLLM's worker internals on the draft side is in this file.
 """
 
@@ -23,7 +24,7 @@ from vllm.model_executor.model_loader import get_model
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, SlidingWindowSpec, replace_as
 from vllm.v1.worker.utils import customize_attention_spec, select_common_block_size
 
@@ -46,16 +47,21 @@ class DraftRuntime:
         self.block_size: int = config.cache_config.block_size
         self._model: Any = get_model(vllm_config=config)
         layers: dict[str, Any] = config.compilation_config.static_forward_context
-        self._layer_names = [name for name, layer in layers.items() if isinstance(layer, Attention)]
-        spec = _common_spec(config, layers, settings.model)
+        spec, owners = _kv_owners(config, layers, settings.model)
+        self._layer_names = list(owners)
         backend = layers[self._layer_names[0]].get_attn_backend()
+        layout = _resolve_layout(config, backend, spec)
         self._builder: Any = backend.get_builder_cls()(spec, self._layer_names, config, device)
         max_num_blocks = -(-self.max_model_len // self.block_size)
         self._arrays = RowArrays(settings.max_num_rows, settings.max_num_tokens, max_num_blocks, self.block_size)
-        self._warm_up_shapes(settings.max_num_tokens)
-        self._kv = _allocate_kv(spec, layers, config, settings, device)
-        self.num_blocks = int(self._kv.shape[1])
         self._buffers = _DeviceBuffers(self._arrays, device)
+        self._compile(settings.max_num_tokens)
+        budget = settings.kv_cache_bytes or default_kv_cache_bytes(settings, device)
+        self._kv = _allocate_kv(spec, layout, len(set(owners.values())), budget, self.max_model_len, device)
+        self.num_blocks = int(self._kv.shape[1])
+        for index, owner in enumerate(dict.fromkeys(owners.values())):
+            for name in (name for name in owners if owners[name] == owner):
+                layers[name].bind_kv_cache(self._kv[index])
         self.forward([Row([0], 0, [0])], [], 1)
 
     @classmethod
@@ -64,63 +70,60 @@ class DraftRuntime:
         config = _vllm_config(settings)
         _check_supported(config, settings.model)
         device = torch.device(current_platform.device_type)
-        with set_current_vllm_config(config), torch.inference_mode():
+        with set_current_vllm_config(config):
             _set_up_process(config, device)
             return cls(config, settings, device)
 
-    def _warm_up_shapes(self, num_tokens: int) -> None:
+    def _compile(self, num_tokens: int) -> None:
         """Compile for the generic shape (and reach peak activation memory) with one forward that touches no KV."""
         ids = torch.zeros(num_tokens, dtype=torch.int32, device=self._device)
         positions = torch.zeros(num_tokens, dtype=torch.int64, device=self._device)
-        with set_forward_context(None, self._config, num_tokens=num_tokens):
+        with torch.inference_mode(), set_forward_context(None, self._config, num_tokens=num_tokens):
             self._model(ids, positions)
+        for module in self._model.modules():
+            compiled = getattr(module, "aot_compiled_fn", None)
+            if compiled is not None:  # vLLM compiles without guards: checking none of them is 6% of a small step
+                compiled.disable_guard_check()
 
-    @torch.inference_mode()
     def forward(
         self, rows: Sequence[Row], copies: Sequence[BlockCopy], top_k: int
     ) -> tuple[list[list[int]], list[list[float]]]:
         """See `DraftModel.forward`. Returns ids and probabilities, `[num_rows][top_k]` each."""
-        if copies:
-            self._copy_blocks(copies)
         arrays = self._arrays
         arrays.fill(rows)
         batch = self._buffers.upload()
-        metadata = self._builder.build(
-            0,
-            CommonAttentionMetadata(
-                query_start_loc=batch.query_start_loc,
-                query_start_loc_cpu=batch.query_start_loc_cpu,
-                seq_lens=batch.seq_lens,
-                num_reqs=arrays.num_rows,
-                num_actual_tokens=arrays.num_tokens,
-                max_query_len=arrays.max_query_len,
-                max_seq_len=arrays.max_seq_len,
-                block_table_tensor=batch.block_table,
-                slot_mapping=batch.slot_mapping,
-                seq_lens_cpu_upper_bound=batch.seq_lens_cpu,
-                positions=batch.positions,
-            ),
-            fast_build=True,
+        with torch.inference_mode():
+            self._copy_blocks(copies)
+            metadata = self._attention_metadata(batch)
+            slots = dict.fromkeys(self._layer_names, batch.slot_mapping)
+            with set_forward_context(metadata, self._config, num_tokens=arrays.num_tokens, slot_mapping=slots):
+                hidden = self._model(batch.input_ids, batch.positions)
+            if arrays.num_tokens != arrays.num_rows:
+                hidden = hidden[batch.last_tokens]
+            return top_candidates(self._model.compute_logits(hidden), top_k)
+
+    def _attention_metadata(self, batch: "_Batch") -> dict[str, Any]:
+        """What each attention layer gets; the same for all, as all have one KV shape."""
+        arrays = self._arrays
+        common = CommonAttentionMetadata(
+            query_start_loc=batch.query_start_loc,
+            query_start_loc_cpu=batch.query_start_loc_cpu,
+            seq_lens=batch.seq_lens,
+            num_reqs=arrays.num_rows,
+            num_actual_tokens=arrays.num_tokens,
+            max_query_len=arrays.max_query_len,
+            max_seq_len=arrays.max_seq_len,
+            block_table_tensor=batch.block_table,
+            slot_mapping=batch.slot_mapping,
+            seq_lens_cpu_upper_bound=batch.seq_lens_cpu,
+            positions=batch.positions,
         )
-        names = self._layer_names
-        with set_forward_context(
-            dict.fromkeys(names, metadata),
-            self._config,
-            num_tokens=arrays.num_tokens,
-            slot_mapping=dict.fromkeys(names, batch.slot_mapping),
-        ):
-            hidden = self._model(batch.input_ids, batch.positions)
-        if arrays.num_tokens != arrays.num_rows:
-            hidden = hidden[batch.last_tokens]
-        return top_candidates(self._model.compute_logits(hidden), top_k)
+        return dict.fromkeys(self._layer_names, self._builder.build(0, common, fast_build=True))
 
     def _copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Copy whole blocks, all layers in one indexed copy, with the effect of copying one after the other."""
-        origins: dict[int, int] = {}
+        """Copy whole blocks one after the other, all layers of a block in one copy (5 us each for a small model)."""
         for copy in copies:
-            origins[copy.destination] = origins.get(copy.source, copy.source)
-        destinations, sources = torch.tensor([list(origins), list(origins.values())], device=self._device)
-        self._kv.index_copy_(1, destinations, self._kv.index_select(1, sources))
+            self._kv[:, copy.destination].copy_(self._kv[:, copy.source])
 
 
 class _Batch:
@@ -205,13 +208,13 @@ def top_candidates(logits: torch.Tensor, top_k: int) -> tuple[list[list[int]], l
         top_k: how many; at most the vocabulary.
 
     Returns:
-        ids and float32 softmax probabilities, `[num_rows][top_k]`, best first. Ties come as `torch.topk` gives them, except
-        that the first is `torch.argmax`'s choice (the lowest id): a greedy draft is the greedy path of the model.
+        ids and float32 softmax probabilities, `[num_rows][top_k]`, best first. Ties come as `torch.topk` gives
+        them, but the first is `torch.argmax`'s choice (the lowest id): a greedy draft is the model's greedy path.
     """
     logits = logits.float()
     top_k = min(top_k, logits.shape[-1])
-    values, ids = torch.topk(logits, top_k, dim=-1)
-    probs = (values - torch.logsumexp(logits, dim=-1, keepdim=True)).exp_()
+    ids = torch.topk(logits, top_k, dim=-1).indices
+    probs = logits.softmax(dim=-1).gather(1, ids)
     id_rows, prob_rows = ids.tolist(), probs.tolist()
     is_tied = [top_k == 1 or row[0] == row[1] for row in prob_rows]
     if any(is_tied):
@@ -221,7 +224,7 @@ def top_candidates(logits: torch.Tensor, top_k: int) -> tuple[list[list[int]], l
 
 
 def put_first(ids: list[int], best: int) -> None:
-    """Make `best`, which is tied with `ids[0]`, the first. If it is not among them, all of them are tied: the last leaves."""
+    """Make `best`, which is tied with `ids[0]`, the first. If it is not among them, all are tied: the last leaves."""
     if ids[0] != best:
         ids.remove(best if best in ids else ids[-1])
         ids.insert(0, best)
@@ -289,52 +292,63 @@ def _set_up_process(config: VllmConfig, device: torch.device) -> None:
             ensure_model_parallel_initialized(1, 1)
 
 
-def _common_spec(config: VllmConfig, layers: dict[str, Any], model: str) -> FullAttentionSpec:
-    """The one KV shape of all attention layers. Sliding windows keep all their KV: a rollback may need it again."""
-    specs = set()
-    for layer in layers.values():
+def _kv_owners(config: VllmConfig, layers: dict[str, Any], model: str) -> tuple[FullAttentionSpec, dict[str, str]]:
+    """The one KV shape of all attention layers, and for each layer the layer whose KV it reads (mostly itself).
+
+    Sliding windows keep the KV of all their tokens: a rollback may need what has left the window.
+    """
+    specs, backends, owners = set(), set(), {}
+    for name, layer in layers.items():
         spec = layer.get_kv_cache_spec(config) if hasattr(layer, "get_kv_cache_spec") else None
+        if spec is None:
+            continue
         if isinstance(spec, SlidingWindowSpec):
             spec = replace_as(spec, FullAttentionSpec, sliding_window=None, block_size=config.cache_config.block_size)
-        if type(spec) is FullAttentionSpec:
-            specs.add(customize_attention_spec(layer.get_attn_backend(), spec))
-        elif spec is not None:
-            raise ConfigError(model, f"{SUPPORTED}; this one has a {type(spec).__name__}", "model")
-    if len(specs) != 1:
-        raise ConfigError(model, f"{SUPPORTED}; this one has {len(specs)}", "model")
-    return specs.pop()
+        if type(spec) is not FullAttentionSpec or not isinstance(layer, Attention):
+            raise ConfigError(model, f"{SUPPORTED}; layer {name} has a {type(spec).__name__}", "model")
+        backends.add(layer.get_attn_backend())
+        specs.add(customize_attention_spec(layer.get_attn_backend(), spec))
+        owners[name] = layer.kv_sharing_target_layer_name or name
+    if len(specs) != 1 or len(backends) != 1:
+        raise ConfigError(model, f"{SUPPORTED}; this one has {len(specs)} shapes, {len(backends)} backends", "model")
+    return specs.pop(), owners
+
+
+def _resolve_layout(config: VllmConfig, backend: Any, spec: FullAttentionSpec) -> KVCacheLayout:
+    """Record the order of KV dimensions that the backend wants; its metadata builder may ask for it."""
+    if select_common_block_size(spec.block_size, [backend], [spec]) != spec.block_size:
+        raise ConfigError(spec.block_size, f"what {backend.get_name()} supports", "block_size")
+    names = [layout.name for layout in get_supported_kv_cache_layouts([backend])]
+    return resolve_kv_cache_layout(config, [names], [spec])
 
 
 def default_kv_cache_bytes(settings: DraftModelSettings, device: torch.device) -> int:
     """256 MiB or a quarter of what is free on CPU; else what `gpu_memory_utilization` leaves after the warm-up."""
     if device.type == "cpu":
-        return min(CPU_KV_CACHE_BYTES, psutil.virtual_memory().available // 4)
+        return min(CPU_KV_CACHE_BYTES, int(psutil.virtual_memory().available) // 4)
     free, total = torch.accelerator.get_memory_info(device)
-    return int(total * settings.gpu_memory_utilization) - (total - free)
+    return int(total * settings.gpu_memory_utilization) - int(total - free)
 
 
 def _allocate_kv(
     spec: FullAttentionSpec,
-    layers: dict[str, Any],
-    config: VllmConfig,
-    settings: DraftModelSettings,
+    layout: KVCacheLayout,
+    num_layers: int,
+    budget: int,
+    max_model_len: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """One tensor `[layers, blocks, heads, states, content]` in the memory order the backend wants, bound to the layers."""
-    names = [name for name, layer in layers.items() if isinstance(layer, Attention)]
-    backends = {layers[name].get_attn_backend() for name in names}
-    layout: KVCacheLayout = get_supported_kv_cache_layouts(backends)[0]
-    budget = settings.kv_cache_bytes or default_kv_cache_bytes(settings, device)
-    bytes_per_block = spec.page_size_bytes * len(names)
-    num_blocks = budget // bytes_per_block
-    needed = bytes_per_block * -(-config.model_config.max_model_len // spec.block_size)
+    """One tensor `[layers, blocks, heads, tokens, content]`, in memory in the order of the layout.
+
+    Raises:
+        ConfigError: it would not hold one sequence of `max_model_len`.
+    """
+    bytes_per_block = spec.page_size_bytes * num_layers
+    needed = bytes_per_block * -(-max_model_len // spec.block_size)
     if budget < needed:
         raise ConfigError(budget, f"at least {needed}, one sequence of the draft model", "draft_kv_cache_bytes")
-    element_size = torch.empty((), dtype=spec.dtype).element_size()
-    shape = (len(names), num_blocks, spec.num_heads, spec.num_states, spec.state_content_size_bytes // element_size)
+    content = spec.state_content_size_bytes // spec.dtype.itemsize
+    shape = (num_layers, budget // bytes_per_block, spec.num_heads, spec.num_states, content)
     order = layout.stride_order
     memory = torch.zeros([shape[axis] for axis in order], dtype=spec.dtype, device=device)
-    kv = memory.permute(*np.argsort(order).tolist())
-    for index, name in enumerate(names):
-        layers[name].bind_kv_cache(kv[index])
-    return kv
+    return memory.permute(*np.argsort(order).tolist())

@@ -1,4 +1,4 @@
-"""The draft model in real vLLM against transformers: same greedy token after any history of forks, commits and rollbacks."""
+"""The draft model in real vLLM: the greedy token of transformers after any history of forks, commits and rollbacks."""
 
 import json
 import random
@@ -277,7 +277,7 @@ def test_a_missing_model_is_a_config_error() -> None:
 
 def test_a_kv_cache_below_one_sequence_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="draft_kv_cache_bytes"):
-        DraftModel.load(settings(kv_cache_bytes=1 << 20, enforce_eager=True))
+        DraftModel.load(settings(kv_cache_bytes=1 << 19, enforce_eager=True))
 
 
 def test_a_state_space_model_is_refused_before_its_weights_load(tmp_path: Path) -> None:
