@@ -1,0 +1,50 @@
+# Every target makes .venv first when it is missing or older than what it was made from. PYTHON=python3.12 picks an interpreter.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := demo
+.PHONY: install demo test test-long check format bench clean distclean
+
+$(STAMP): setup.py pyproject.toml $(wildcard requirements/*)
+	@PYTHON=$(PYTHON) requirements/install.sh $(VENV)
+	@touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)  ## the main job: the same prompts by plain vLLM, its draft_model, and specbranch
+	@$(BIN)/vllm-specbranch demo
+
+test: $(STAMP)  ## every test not marked long; stops between tests after 45 minutes
+	@$(PYTEST) --session-timeout=2700 $(PYTEST_ARGS)
+
+test-long: $(STAMP)  ## the tests marked long; keeps what they printed
+	@mkdir -p benchmarks/results
+	@$(PYTEST) -m long $(PYTEST_ARGS) | tee benchmarks/results/test-long.txt
+
+check: $(STAMP)  ## the fast one: format, lint, types, unit tests
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(PYTEST) tests/unit $(PYTEST_ARGS)
+
+format: $(STAMP)
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## every benchmarks/bench_*.py, results in benchmarks/results
+	@mkdir -p benchmarks/results
+	@for script in benchmarks/bench_*.py; do \
+	    $(BIN)/python "$$script" --out "benchmarks/results/$$(basename "$${script%.py}").json"; \
+	done
+
+clean:  ## what tools leave behind; keeps .venv
+	@rm -rf build out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean  ## clean, and .venv
+	@rm -rf $(VENV)

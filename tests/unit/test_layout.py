@@ -1,0 +1,280 @@
+"""The rooms of the package: what each may import, and the habits that hold in all of them. Parsed, never imported."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "vllm_specbranch"
+PATCHES = REPOSITORY / "patches"
+MAX_FILE_LINES = 450
+MAX_FUNCTION_LINES = 80
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one module may import besides the standard library.
+
+    Args:
+        ours: modules of this package; "*" for all.
+        foreign: top-level names of other distributions; "*" for all.
+    """
+
+    ours: frozenset[str]
+    foreign: frozenset[str]
+
+
+def room(ours: str = "", foreign: str = "") -> Room:
+    return Room(frozenset(ours.split()), frozenset(foreign.split()))
+
+
+ANYTHING = room("*", "*")
+# Rooms without torch and vllm are pure or thin: they must stay importable in milliseconds and drivable in memory.
+ROOMS = {
+    "__init__": room(),
+    "cli": ANYTHING,
+    "config": room("errors"),
+    "demo": ANYTHING,
+    "draft_check": room("config errors", "vllm huggingface_hub"),
+    "draft_link": room("config errors messages metrics placement transport"),
+    "draft_main": room("config draft_model draft_server errors kv_blocks messages metrics placement planner transport"),
+    "draft_model": room("draft_runtime errors kv_blocks token_tree", "numpy torch vllm"),
+    "draft_pressure": room("draft_request errors kv_blocks metrics planner"),
+    "draft_request": room("errors kv_blocks planner token_tree"),
+    "draft_runtime": room("draft_model errors kv_blocks", "numpy psutil torch vllm"),
+    "draft_server": room(
+        "config draft_model draft_pressure draft_request errors kv_blocks messages metrics planner token_tree transport"
+    ),
+    "errors": room(),
+    "kv_blocks": room("errors"),
+    "length_head": room("errors", "numpy safetensors torch"),
+    "messages": room("errors", "msgspec"),
+    "metrics": room(),
+    "patching": room("errors"),
+    "placement": room("config draft_model errors", "msgspec psutil ray"),
+    "planner": room("config errors token_tree"),
+    "plugin": room("errors patches patching", "vllm"),
+    "proposer": room(
+        "config draft_link draft_model errors length_head messages metrics placement scheduler scorer "
+        "speculative_config transport",
+        "numpy torch vllm",
+    ),
+    "scheduler": room("config errors metrics", "vllm"),
+    "scorer": room("errors metrics", "numpy torch vllm"),
+    "shipped_pair": room(),
+    "speculative_config": room("config draft_check errors", "pydantic vllm"),
+    "token_tree": room("errors"),
+    "transport": room("errors messages", "zmq"),
+    "worker": room("errors plugin proposer", "vllm"),
+}
+PATCH_ROOM = room("config errors patching plugin proposer speculative_config", "torch vllm")
+
+# Where a habit may be broken, and why.
+MAY_READ_ENVIRONMENT = {"config.py": "the only reader; it also makes the environment of the draft server"}
+MAY_PRINT = {"cli.py": "talks to a person", "demo.py": "talks to a person"}
+MAY_CATCH_EVERYTHING = {"draft_server.py": "the server loop answers with an error message"}
+UNSAFE_SERIALISERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
+
+MODULES = sorted(PACKAGE.glob("*.py"))
+SOURCES = [*MODULES, *sorted(PATCHES.glob("*.py"))]
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def imported_names(tree: ast.Module, package: str = "vllm_specbranch") -> Iterator[tuple[str, int]]:
+    """Yield each imported dotted name and its line, top-level or nested, absolute or relative to `package`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            # `from package import name`: the name may be a module, and only then is it one of ours.
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def forbidden_imports(tree: ast.Module, allowed: Room, package: str = "vllm_specbranch") -> list[str]:
+    found = []
+    for name, line in imported_names(tree, package):
+        top, *rest = name.split(".")
+        if top in sys.stdlib_module_names:
+            continue
+        if top in ("vllm_specbranch", "patches"):
+            ours = "patches" if top == "patches" else rest[0] if rest else "*"
+            wrong = "*" not in allowed.ours and ours not in allowed.ours and ours != "__version__"
+        else:
+            wrong = "*" not in allowed.foreign and top not in allowed.foreign
+        if wrong:
+            found.append(f"line {line}: {name}")
+    return found
+
+
+def dotted(node: ast.expr) -> str:
+    """Return `a.b.c` for an attribute chain, and an empty string for anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (owner := dotted(node.value)):
+        return f"{owner}.{node.attr}"
+    return ""
+
+
+def environment_reads(tree: ast.Module) -> list[int]:
+    lines = [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Attribute) and dotted(node) in ENVIRONMENT]
+    return lines + [line for name, line in imported_names(tree) if name in ENVIRONMENT]
+
+
+ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.putenv"}
+
+
+def catch_alls(tree: ast.Module) -> list[int]:
+    """Return the lines of `except:`, `except Exception` and `except BaseException`, also inside a tuple.
+
+    One that ends in a bare `raise` swallows nothing and is fine.
+    """
+    lines = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ExceptHandler):
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            clean_up = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+            if not clean_up and any(kind is None or dotted(kind) in ("Exception", "BaseException") for kind in kinds):
+                lines.append(node.lineno)
+    return lines
+
+
+def unsafe_serialisers(tree: ast.Module) -> list[str]:
+    found = [f"line {line}: {name}" for name, line in imported_names(tree) if name.split(".")[0] in UNSAFE_SERIALISERS]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    # torch.load and torch.save are pickle by another name; weights travel as safetensors.
+    found += [
+        f"line {call.lineno}: {name}" for call in calls if (name := dotted(call.func)) in ("torch.load", "torch.save")
+    ]
+    words = [keyword for call in calls for keyword in call.keywords if keyword.arg == "allow_pickle"]
+    return found + [f"line {word.value.lineno}: allow_pickle" for word in words]
+
+
+def ids(paths: list[Path]) -> list[str]:
+    return [path.relative_to(REPOSITORY).as_posix() for path in paths]
+
+
+@pytest.fixture(params=SOURCES, ids=ids(SOURCES))
+def source(request: pytest.FixtureRequest) -> Path:
+    path: Path = request.param
+    return path
+
+
+def test_imports_stay_in_their_room(source: Path) -> None:
+    if source.parent == PATCHES:
+        allowed, package = PATCH_ROOM, "vllm_specbranch.patches"
+    else:
+        assert source.stem in ROOMS, f"{source.name} has no row in ROOMS: say what it may import"
+        allowed, package = ROOMS[source.stem], "vllm_specbranch"
+    assert forbidden_imports(parse(source), allowed, package) == []
+
+
+def test_every_module_says_what_it_is(source: Path) -> None:
+    assert ast.get_docstring(parse(source))
+
+
+def test_no_unsafe_serialiser(source: Path) -> None:
+    assert unsafe_serialisers(parse(source)) == []
+
+
+def test_no_print(source: Path) -> None:
+    calls = [node for node in ast.walk(parse(source)) if isinstance(node, ast.Call)]
+    assert source.name in MAY_PRINT or [call.lineno for call in calls if dotted(call.func) == "print"] == []
+
+
+def test_environment_is_read_in_one_place(source: Path) -> None:
+    assert source.name in MAY_READ_ENVIRONMENT or environment_reads(parse(source)) == []
+
+
+def test_no_catch_all(source: Path) -> None:
+    assert source.name in MAY_CATCH_EVERYTHING or catch_alls(parse(source)) == []
+
+
+def test_files_and_functions_stay_short(source: Path) -> None:
+    assert len(source.read_text().splitlines()) <= MAX_FILE_LINES
+    functions = [node for node in ast.walk(parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    sizes = {node.name: (node.end_lineno or node.lineno) - node.lineno + 1 for node in functions}
+    assert {name: size for name, size in sizes.items() if size > MAX_FUNCTION_LINES} == {}
+
+
+def test_there_is_no_room_for_everything() -> None:
+    assert not [path.name for path in SOURCES if path.stem in ("utils", "util", "helpers", "common", "misc")]
+
+
+def test_pure_rooms_load_neither_torch_nor_vllm() -> None:
+    """The package itself, and every room whose row has no torch and no vLLM, with all that they import."""
+    heavy = {"torch", "vllm", "*"}
+    pure = [path.stem for path in MODULES if not ROOMS.get(path.stem, ANYTHING).foreign & heavy]
+    names = ["vllm_specbranch", *(f"vllm_specbranch.{name}" for name in pure if name != "__init__")]
+    script = (
+        "import importlib, sys\n"
+        "for name in sys.argv[1:]:\n"
+        "    importlib.import_module(name)\n"
+        "    heavy = {'torch', 'vllm'} & set(sys.modules)\n"
+        "    assert not heavy, f'{name} loads {heavy}'\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *names], capture_output=True, text=True, timeout=60, cwd=REPOSITORY
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# The checks themselves: each must see the offence that it is there for.
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch",
+        "import torch.nn as nn",
+        "from vllm.config import VllmConfig",
+        "def f():\n    from vllm_specbranch.transport import bind",
+        "from vllm_specbranch import transport",
+        "from . import transport",
+        "from .transport import bind",
+        "if TYPE_CHECKING:\n    import vllm",
+        "import vllm_specbranch.transport",
+    ],
+)
+def test_forbidden_imports_are_seen(code: str) -> None:
+    assert forbidden_imports(ast.parse(code), room("errors"))
+
+
+def test_allowed_imports_pass() -> None:
+    code = (
+        "import os.path\nfrom .errors import KVError\nfrom vllm_specbranch import errors\nimport vllm_specbranch.errors"
+    )
+    assert forbidden_imports(ast.parse(code), room("errors")) == []
+    assert forbidden_imports(ast.parse("from ..proposer import Proposer"), PATCH_ROOM, "vllm_specbranch.patches") == []
+    assert forbidden_imports(ast.parse("from ..transport import bind"), PATCH_ROOM, "vllm_specbranch.patches")
+
+
+@pytest.mark.parametrize(
+    "code", ["os.environ['A']", "os.getenv('A')", "from os import environ", "x = dict(os.environ)"]
+)
+def test_environment_reads_are_seen(code: str) -> None:
+    assert environment_reads(ast.parse(code))
+
+
+@pytest.mark.parametrize("kind", ["", " Exception", " BaseException as e", " (ValueError, Exception)"])
+def test_catch_alls_are_seen(kind: str) -> None:
+    assert catch_alls(ast.parse(f"try:\n    f()\nexcept{kind}:\n    g()"))
+    assert catch_alls(ast.parse("try:\n    f()\nexcept ValueError:\n    g()")) == []
+    assert catch_alls(ast.parse(f"try:\n    f()\nexcept{kind}:\n    g()\n    raise")) == []
+
+
+@pytest.mark.parametrize(
+    "code", ["import pickle", "from marshal import loads", "torch.load(p)", "np.load(p, allow_pickle=True)"]
+)
+def test_unsafe_serialisers_are_seen(code: str) -> None:
+    assert unsafe_serialisers(ast.parse(code))
