@@ -1,0 +1,88 @@
+"""One real engine in its own process: reads a job list as JSON from standard input, writes the answers as JSON to a file.
+
+Run by the `run_engine` fixture as `python -m tests.e2e.generate OUT`. A job generates some prompts greedily in batches of a size;
+it may kill or stop the draft server while tokens are being made. In its own process, so that the in-process engine and the
+multi-process one are tested alike, and nothing is shared between engines.
+"""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+
+def main() -> None:
+    spec = json.load(sys.stdin)
+    from vllm import LLM
+
+    llm = LLM(**spec["engine"], disable_log_stats=False)
+    result: dict[str, Any] = {"jobs": [run_job(llm, job) for job in spec["jobs"]]}
+    result["status"] = llm.collective_rpc("specbranch_status")[0] if spec["engine"].get("speculative_config") else {}
+    result["metrics"] = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+    children = [child.pid for child in psutil.Process().children(recursive=True)]
+    Path(sys.argv[1]).write_text(json.dumps(result))
+    if spec.get("kill_engine"):
+        kill_engine(children)
+    del llm
+
+
+def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True)
+    prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
+    answers: list[list[int]] = []
+    disturbance = Disturbance(llm, job["disturb"]) if "disturb" in job else None
+    started_s = time.perf_counter()
+    for start in range(0, len(prompts), job["batch_size"]):
+        outputs = llm.generate(prompts[start : start + job["batch_size"]], params, use_tqdm=False)
+        answers += [list(output.outputs[0].token_ids) for output in outputs]
+        if disturbance is not None and start == 0:
+            disturbance.start()
+    seconds = time.perf_counter() - started_s
+    result = {"answers": answers, "seconds": seconds}
+    if disturbance is not None:
+        result["events"] = disturbance.finish()
+        time.sleep(job["disturb"].get("then_wait_s", 0.0))
+    if "speculative_config" in job:
+        result["status"] = llm.collective_rpc("specbranch_status")[0]
+    return result
+
+
+class Disturbance(threading.Thread):
+    """Does something to the draft server after a delay, while the engine generates."""
+
+    def __init__(self, llm: Any, plan: dict[str, Any]) -> None:
+        super().__init__(daemon=True)
+        self._plan = plan
+        self._pid = llm.collective_rpc("specbranch_status")[0]["server_pid"]
+        self._events: list[str] = []
+
+    def run(self) -> None:
+        time.sleep(self._plan["after_s"])
+        for name, pause_s in self._plan["signals"]:
+            os.kill(self._pid, getattr(signal, name))
+            self._events.append(name)
+            time.sleep(pause_s)
+
+    def finish(self) -> list[str]:
+        self.join(60.0)
+        return self._events
+
+
+def kill_engine(children: list[int]) -> None:
+    """Die as hard as possible, and take the engine core along."""
+    for pid in children:
+        if psutil.pid_exists(pid) and "draft_main" not in " ".join(psutil.Process(pid).cmdline()):
+            os.kill(pid, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

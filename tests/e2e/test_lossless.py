@@ -1,0 +1,101 @@
+"""Greedy float32: the same token ids as plain vLLM, whatever happens (rule 5 of the design). Real engines, real text."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import BLOCK_SIZE, RunEngine
+
+POLICIES = ("specbranch", "pearl")
+Same = Callable[..., None]
+
+
+def job(prompts: list[list[int]], max_tokens: int, batch_size: int, **more: Any) -> dict[str, Any]:
+    return {"prompts": prompts, "max_tokens": max_tokens, "batch_size": batch_size, **more}
+
+
+def assert_drafting(status: dict[str, Any], least_acceptance_length: float = 1.3) -> None:
+    """The run really was speculative: drafts came, were verified, and many were accepted."""
+    engine = status["engine"]
+    assert status["is_up"]
+    assert engine["num_foreign_drafts"] == 0
+    assert engine["num_accepted_tokens"] > 0
+    assert status["rates"]["mean_acceptance_length"] > least_acceptance_length, status["rates"]
+    assert status["num_requests"] == 0, "every request was closed"
+    assert status["num_blocks_held"] == 0, "after the last request the draft server holds no block"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_batches_of_1_4_and_16_in_separate_processes(
+    run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
+) -> None:
+    jobs = [job(prompts, num_new_tokens, batch_size) for batch_size in (1, 4, 16)]
+    result = run_engine(jobs, speculative={"policy": policy})
+    for done in result["jobs"]:
+        assert_same(done["answers"])
+    assert_drafting(result["status"])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_batches_of_1_4_and_16_in_process_compiled(
+    run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
+) -> None:
+    jobs = [job(prompts, num_new_tokens, batch_size) for batch_size in (1, 4, 16)]
+    result = run_engine(jobs, speculative={"policy": policy}, in_process=True, enforce_eager=False)
+    for done in result["jobs"]:
+        assert_same(done["answers"])
+    assert_drafting(result["status"])
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_chunked_prefill_prefix_hits_preemptions_and_a_killed_draft_server(
+    run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
+) -> None:
+    # 16 requests of up to 276 tokens need up to 9 blocks each; 60 blocks force preemptions.
+    jobs = [
+        job(prompts, num_new_tokens, 16),
+        job(prompts[:16], num_new_tokens, 16),
+        job(prompts, num_new_tokens, 16, disturb={"after_s": 1.0, "signals": [["SIGKILL", 0.0]]}),
+        job(prompts, num_new_tokens, 8),
+    ]
+    result = run_engine(jobs, speculative={"policy": policy}, max_num_batched_tokens=64, num_gpu_blocks_override=60)
+    for done in result["jobs"]:
+        assert_same(done["answers"])
+    metrics, status = result["metrics"], result["status"]
+    assert metrics["vllm:num_preemptions"] > 0, metrics
+    assert metrics["vllm:prefix_cache_hits"] >= BLOCK_SIZE, metrics
+    assert result["jobs"][2]["events"] == ["SIGKILL"]
+    assert (status["engine"]["num_server_deaths"], status["engine"]["num_server_starts"]) == (1, 2)
+    assert result["log"].count("ended with status -9") == 1, "one log line"
+    assert_drafting(status, least_acceptance_length=1.05)
+
+
+def test_the_end_of_the_context_stops_drafts_for_that_request_only(
+    run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int
+) -> None:
+    """vLLM would stop drafting for the whole batch, and schedule zeros, when one request nears the drafter's context."""
+    context = 160
+    long, short = prompts[4][:130], [prompt[:40] for prompt in prompts[:3]]
+    jobs = [job([long + prompts[0][: context - 8 - len(long)], *short], num_new_tokens, 4)]
+    plain = run_engine(jobs, max_model_len=context)
+    ours = run_engine(jobs, max_model_len=context, speculative={})
+    assert ours["jobs"][0]["answers"] == plain["jobs"][0]["answers"]
+    assert len(plain["jobs"][0]["answers"][0]) == 8, "the long request ends at the context"
+    assert_drafting(ours["status"])
+
+
+def test_a_draft_with_a_shorter_context_than_the_target(
+    run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same
+) -> None:
+    result = run_engine([job(prompts[:16], num_new_tokens, 4)], speculative={"max_model_len": 100})
+    assert_same(result["jobs"][0]["answers"])
+    assert_drafting(result["status"], least_acceptance_length=1.05)
+    assert "decoded without drafts" in result["log"]
+
+
+def test_vllm_without_our_plugin_says_the_same_as_with_it(
+    run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, plain_answers: list[list[int]]
+) -> None:
+    result = run_engine([job(prompts[:16], num_new_tokens, 16)], environment={"VLLM_PLUGINS": ""})
+    assert result["jobs"][0]["answers"] == plain_answers[:16]
