@@ -53,6 +53,8 @@ ROOMS = {
     "errors": room(),
     "kv_blocks": room("errors"),
     "length_head": room("errors", "numpy safetensors torch"),
+    "measure": room("config errors", "msgspec"),
+    "measure_child": room("errors measure metrics", "msgspec torch vllm"),
     "messages": room("errors", "msgspec"),
     "metrics": room(),
     "patching": room("errors"),
