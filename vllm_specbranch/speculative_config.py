@@ -1,0 +1,131 @@
+"""From a user's settings to the speculative config that vLLM carries to all its processes.
+
+Owns: everything about the settings that needs the models or the engine's own arguments (vocabulary, context, worker and
+scheduler class). Does not own the settings themselves (`config`). Runs where engine arguments become a config: the
+frontend, and each API server process; the classes are unpickled in every process.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import InstanceOf
+from vllm import envs
+from vllm.config.speculative import SpeculativeConfig
+from vllm.config.utils import config
+from vllm.platforms import current_platform
+
+from vllm_specbranch.config import METHOD, SpecBranchConfig, load_bare_word_settings
+from vllm_specbranch.draft_check import DraftModelSpec, check_draft_model
+from vllm_specbranch.errors import ConfigError
+
+logger = logging.getLogger("vllm.specbranch.speculative_config")
+
+PROPOSER = "vllm_specbranch.proposer.Proposer"
+SCHEDULER = "vllm_specbranch.scheduler.SpecBranchScheduler"
+CPU_WORKER = "vllm_specbranch.worker.SpecBranchCPUWorker"
+GPU_WORKER = "vllm_specbranch.worker.SpecBranchGPUWorker"
+
+
+@config
+class SpecBranchSpeculativeConfig(SpeculativeConfig):
+    """vLLM's speculative config with ours inside. At rest vLLM sees the method `custom_class` with our proposer.
+
+    `compute_hash` is the inherited one: it stands for the target's graph, and nothing of ours changes that graph. (It
+    will need an override once hidden states of the target are used: upstream counts them for its own methods only.)
+    """
+
+    specbranch: InstanceOf[SpecBranchConfig] = None  # type: ignore[assignment]
+    """The validated settings. The default is for the dataclass only: `build_speculative_config` always gives it."""
+    draft: InstanceOf[DraftModelSpec] = None  # type: ignore[assignment]
+    """The draft model as the draft server has to load it."""
+
+    def __repr__(self) -> str:
+        return f"SpecBranchSpeculativeConfig({self.specbranch!r}, {self.draft!r})"
+
+
+def build_speculative_config(
+    engine_args: Any, target_model_config: Any, target_parallel_config: Any
+) -> SpecBranchSpeculativeConfig:
+    """Check the settings against engine and models, before any weights load.
+
+    Mutates: `target_parallel_config.worker_cls` and `engine_args.scheduler_cls`, which become ours. The user's
+    settings stay as they are, so the same arguments give the same result when they are used again.
+
+    Args:
+        engine_args: vLLM's `EngineArgs`, with method `specbranch`.
+        target_model_config: the target's `ModelConfig`.
+        target_parallel_config: the target's `ParallelConfig`.
+
+    Raises:
+        ConfigError: a setting that cannot work, alone or with this engine.
+    """
+    settings = SpecBranchConfig.from_user(_user_settings(engine_args, target_model_config.model))
+    _check_engine(engine_args, target_parallel_config)
+    draft = check_draft_model(settings, target_model_config, str(engine_args.load_format))
+    if draft.max_model_len < target_model_config.max_model_len:
+        logger.info(
+            "The draft model takes %d tokens, the target %d: requests beyond %d tokens are decoded without drafts.",
+            draft.max_model_len,
+            target_model_config.max_model_len,
+            draft.max_model_len,
+        )
+    _take_class(target_parallel_config, "worker_cls", ("auto",), _worker_class())
+    _take_class(engine_args, "scheduler_cls", (None,), SCHEDULER)
+    return SpecBranchSpeculativeConfig(
+        method="custom_class",
+        model=PROPOSER,
+        num_speculative_tokens=settings.num_speculative_tokens,
+        target_model_config=target_model_config,
+        target_parallel_config=target_parallel_config,
+        specbranch=settings,
+        draft=draft,
+    )
+
+
+def _user_settings(engine_args: Any, target_model: str) -> dict[str, object]:
+    given = engine_args.speculative_config
+    if not isinstance(given, Mapping):  # None with --spec-method, or the bare word
+        given = {} if given is None else {"method": given}
+    merged: dict[str, object] = {key.replace("-", "_"): value for key, value in given.items()}
+    for flag, key in (("spec_method", "method"), ("spec_model", "model"), ("spec_tokens", "num_speculative_tokens")):
+        value = getattr(engine_args, flag)
+        if value is None:
+            continue
+        if key in merged:
+            name = "--" + flag.replace("_", "-")
+            raise ConfigError(value, f"one of {name} and the key {key!r} of --speculative-config, not both", name)
+        merged[key] = value
+    if set(merged) == {"method"}:
+        merged |= load_bare_word_settings(target_model)
+    return merged
+
+
+def _check_engine(engine_args: Any, parallel_config: Any) -> None:
+    """Refuse what would break later, or be refused later in the name of `custom_class`, which the user never typed."""
+    stages = parallel_config.pipeline_parallel_size
+    if stages > 1:
+        raise ConfigError(stages, f"1 with method {METHOD!r}", "pipeline_parallel_size")
+    if engine_args.async_scheduling:
+        raise ConfigError(True, f"false or unset with method {METHOD!r}", "async_scheduling")
+    runner_field = "VLLM_USE_V2_MODEL_RUNNER"
+    if envs.VLLM_USE_V2_MODEL_RUNNER:
+        raise ConfigError(True, f"0 or unset with method {METHOD!r}, which needs the V1 model runner", runner_field)
+    if engine_args.watermark_config is not None:
+        allowed = f"none with method {METHOD!r}: it needs the V2 model runner"
+        raise ConfigError(engine_args.watermark_config, allowed, "watermark_config")
+
+
+def _worker_class() -> str:
+    if current_platform.is_cpu():
+        return CPU_WORKER
+    if current_platform.is_cuda_alike():
+        return GPU_WORKER
+    raise ConfigError(current_platform.device_type, f"a cpu, cuda or rocm device with method {METHOD!r}", "device")
+
+
+def _take_class(holder: Any, field: str, unset: tuple[object, ...], ours: str) -> None:
+    given = getattr(holder, field)
+    if given not in (*unset, ours):
+        raise ConfigError(given, f"unset with method {METHOD!r}, which brings its own", field)
+    setattr(holder, field, ours)
