@@ -1,4 +1,7 @@
-"""A draft model that is a pure function of its context, read back through paged KV: a bookkeeping mistake shows as a wrong token."""
+"""A draft model that is a pure function of its context, read back through paged KV.
+
+A mistake in the bookkeeping shows as a wrong token.
+"""
 
 import random
 from collections.abc import Sequence

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 from vllm_specbranch.errors import ConfigError
 
@@ -102,8 +102,10 @@ class SpecBranchConfig:
         if policy == "pearl":
             # PEARL submits all it has, has no second candidate, and goes on empty after a miss.
             defaults = {"stop_rule": "none", "on_miss": "go", "max_branches": 1}
-        parsed = {key: _PARSERS[key](value, key) for key, value in (defaults | given).items() if value is not None}
-        config = cls(**cast(dict[str, object], parsed))  # type: ignore[arg-type]
+        parsed: dict[str, Any] = {
+            key: _PARSERS[key](value, key) for key, value in (defaults | given).items() if value is not None
+        }
+        config = cls(**parsed)
         config._check_policy()
         return config
 
@@ -126,7 +128,7 @@ def load_bare_word_settings(target_model: str) -> dict[str, object]:
     field = CONFIG_ENV if named else "--speculative-config"
     advice = f"with a file {path} that holds for example {EXAMPLE_SETTINGS}"
     if not named:
-        advice += f" (or {CONFIG_ENV} set to such a file, or the settings themselves as JSON with \"method\": \"{METHOD}\")"
+        advice += f' (or {CONFIG_ENV} set to such a file, or the settings themselves as JSON with "method": "{METHOD}")'
     value = named or METHOD
     try:
         settings = json.loads(path.read_text())

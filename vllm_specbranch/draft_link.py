@@ -71,10 +71,12 @@ class DraftLink:
 
     @property
     def server_pid(self) -> int | None:
+        """Process id of the newest server."""
         return self._process.pid
 
     @property
     def num_malformed(self) -> int:
+        """Undecodable messages on the present channel."""
         return self._channel.num_dropped if self._channel else 0
 
     def poll(self) -> None:

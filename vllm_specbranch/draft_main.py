@@ -13,7 +13,8 @@ import threading
 from pathlib import Path
 
 from vllm_specbranch.draft_model import DraftModel
-from vllm_specbranch.draft_server import DraftServer, Limits, serve
+from vllm_specbranch.draft_server import DraftServer, serve
+from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.placement import ServerSpec
 from vllm_specbranch.planner import Planner

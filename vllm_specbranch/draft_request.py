@@ -34,10 +34,12 @@ class DraftRequest:
 
     @property
     def is_evicted(self) -> bool:
+        """Whether it holds no KV."""
         return not self._owned
 
     @property
     def num_sequences(self) -> int:
+        """KV sequences it owns, one per leaf."""
         return len(self._owned)
 
     def readmit(self) -> None:

@@ -8,13 +8,14 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from vllm_specbranch import messages
 from vllm_specbranch.draft_model import Row
+from vllm_specbranch.draft_peers import Peer, PendingReply
 from vllm_specbranch.draft_pressure import relieve
 from vllm_specbranch.draft_request import DraftRequest
+from vllm_specbranch.draft_work import MAX_DECODE_TOKENS, Limits, StepTimings, Work
 from vllm_specbranch.errors import SpecBranchError, WireError
 from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
 from vllm_specbranch.metrics import DraftServerCounters
@@ -24,13 +25,6 @@ from vllm_specbranch.transport import ServerEndpoint
 
 logger = logging.getLogger("vllm.specbranch.draft_server")
 
-# A leaf that lacks at most this many tokens of KV is a decode row; one that lacks more is prefilled, one chunk a step.
-MAX_DECODE_TOKENS = 16
-PREFILL_CHUNK_TOKENS = 256
-# Weight of the newest value in the running means; short, because batch sizes change within tens of rounds.
-MEAN_WEIGHT = 0.1
-# Two commits further apart than this have idle time between them, which says nothing about the target's speed.
-LONGEST_ROUND_S = 2.0
 IDLE_WAIT_MS = 500.0
 
 Key = tuple[bytes, str]
@@ -46,88 +40,6 @@ class Model(Protocol):
     def forward(self, rows: Sequence[Row], copies: Sequence[BlockCopy], top_k: int) -> list[Candidates]:
         """One batched forward; see `draft_model.DraftModel.forward`."""
         ...
-
-
-@dataclass(slots=True)
-class PendingReply:
-    """A commit batch that has not been answered yet."""
-
-    round: int
-    hits: dict[str, bool]
-    unknown: list[str]
-    deadline_s: float
-
-
-@dataclass(slots=True)
-class Peer:
-    """One engine: its open reply, and how fast it has been."""
-
-    pending: PendingReply | None = None
-    last_commit_s: float | None = None
-    token_s: float = 0.0
-    accepted: float = 1.0
-    tried: float = 2.0
-
-    def observe_round(self, now_s: float, num_requests: int, num_tokens: int) -> None:
-        """Take in that a commit batch of `num_tokens` for `num_requests` has arrived."""
-        if self.last_commit_s is not None and num_tokens and now_s - self.last_commit_s < LONGEST_ROUND_S:
-            token_s = (now_s - self.last_commit_s) * num_requests / num_tokens
-            self.token_s = token_s if not self.token_s else self.token_s + MEAN_WEIGHT * (token_s - self.token_s)
-        self.last_commit_s = now_s
-
-    def observe_outcome(self, num_draft_tokens: int, num_accepted: int) -> None:
-        """Take in how many draft tokens of a chunk were accepted; old rounds fade."""
-        keep = 1.0 - MEAN_WEIGHT / 4
-        self.accepted = keep * self.accepted + num_accepted
-        self.tried = keep * self.tried + num_accepted + (num_accepted < num_draft_tokens)
-
-    @property
-    def acceptance(self) -> float:
-        return self.accepted / self.tried
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """One row of a draft step: feed the next `num_tokens` on the way to `leaf`."""
-
-    request: DraftRequest
-    leaf: int
-    num_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Sizes of one draft step: most rows, most query tokens over all rows, and most tokens of a prefill chunk among them."""
-
-    num_rows: int = 64
-    num_tokens: int = 512
-    prefill_tokens: int = PREFILL_CHUNK_TOKENS
-
-    def cut(self, work: list["Work"], prefill: "Work | None") -> list["Work"]:
-        """The leading part of `work` that fits into one step beside a prefill chunk."""
-        left = self.num_tokens - (prefill.num_tokens if prefill else 0)
-        kept = []
-        for one in work[: self.num_rows - (prefill is not None)]:
-            left -= one.num_tokens
-            if left < 0:
-                break
-            kept.append(one)
-        return kept if prefill is None else [*kept, prefill]
-
-
-@dataclass(slots=True)
-class _Timings:
-    step_s: float = 0.0
-    step_s_by_rows: dict[int, float] = field(default_factory=dict)
-
-    def observe(self, num_rows: int, duration_s: float) -> None:
-        known = self.step_s_by_rows.get(num_rows)
-        mean = duration_s if known is None else known + MEAN_WEIGHT * (duration_s - known)
-        self.step_s_by_rows[num_rows] = mean
-        self.step_s = duration_s if not self.step_s else self.step_s + MEAN_WEIGHT * (duration_s - self.step_s)
-
-    def estimate_s(self, num_rows: int) -> float:
-        return self.step_s_by_rows.get(num_rows, self.step_s)
 
 
 class DraftServer:
@@ -157,7 +69,7 @@ class DraftServer:
         self._requests: dict[Key, DraftRequest] = {}
         self._peers: dict[bytes, Peer] = {}
         self._sequence_ids = itertools.count()
-        self._timings = _Timings()
+        self._timings = StepTimings()
         self._is_pressed = False
         self.counters = DraftServerCounters()
         self.is_stopping = False

@@ -116,7 +116,12 @@ class ServerProcess:
     """
 
     def __init__(
-        self, config: SpecBranchConfig, model: DraftModelSettings, *, on_cpu: bool, clock: Callable[[], float] = time.monotonic
+        self,
+        config: SpecBranchConfig,
+        model: DraftModelSettings,
+        *,
+        on_cpu: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._model = model
@@ -132,6 +137,7 @@ class ServerProcess:
 
     @property
     def pid(self) -> int | None:
+        """Process id of the newest child."""
         return self._process.pid if self._process else None
 
     @property
@@ -192,7 +198,9 @@ class ServerProcess:
     def _cores(self) -> tuple[int, ...] | None:
         if not self._on_cpu:
             return self._config.draft_cpu_cores
-        cores = choose_cores(self._config.draft_cpu_cores, available_cores(), parse_target_cores(target_core_settings()))
+        cores = choose_cores(
+            self._config.draft_cpu_cores, available_cores(), parse_target_cores(target_core_settings())
+        )
         if cores is None and self.num_starts == 1:
             logger.warning(
                 "The draft server shares CPU cores with the target, so they will wait for each other. Give each its own: "

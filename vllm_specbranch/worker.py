@@ -5,7 +5,7 @@ worker process.
 """
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -19,7 +19,16 @@ from vllm_specbranch.proposer import Proposer
 START_TIMEOUT_S = 180.0
 
 
-class _SpecBranchWorker:
+if TYPE_CHECKING:
+
+    class _Base(Worker):
+        """What the mix-in relies on; at run time it comes from the other base class."""
+
+else:
+    _Base = object
+
+
+class _SpecBranchWorker(_Base):
     """What both workers add to vLLM's; comes before it in the order of base classes."""
 
     model_runner: Any

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,7 +61,11 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
             "seed": 0,
         } | engine
         if speculative is not None:
-            engine["speculative_config"] = {"method": "specbranch", "model": DRAFT, "draft_cpu_cores": last_core()} | speculative
+            engine["speculative_config"] = {
+                "method": "specbranch",
+                "model": DRAFT,
+                "draft_cpu_cores": last_core(),
+            } | speculative
         spec = {"engine": engine, "jobs": jobs, "kill_engine": expect_kill}
         variables = dict(os.environ) | (environment or {})
         if in_process:
@@ -112,7 +115,9 @@ def assert_same(prompts: list[list[int]], plain_answers: list[list[int]]) -> Cal
         different = [index for index, answer in enumerate(answers) if answer != wanted[index]]
         gaps = {index: near_tie_gap(prompts[index], wanted[index], answers[index]) for index in different}
         num_tokens = sum(len(answer) for answer in answers)
-        print(f"{len(different)} of {len(answers)} answers differ ({num_tokens} tokens); top-2 logit gaps there: {gaps}")
+        print(
+            f"{len(different)} of {len(answers)} answers differ ({num_tokens} tokens); top-2 logit gaps there: {gaps}"
+        )
         assert all(gap < 1e-5 for gap in gaps.values())
         assert len(different) <= -(-num_tokens // 10_000)
 

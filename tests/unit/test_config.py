@@ -22,7 +22,9 @@ def test_defaults_are_those_of_the_design() -> None:
 def test_pearl_has_its_own_defaults_and_none_of_them_silently_wins_over_the_user() -> None:
     config = SpecBranchConfig.from_user({"model": "draft", "policy": "pearl"})
     assert (config.max_branches, config.stop_rule, config.on_miss) == (1, "none", OnMiss("go"))
-    assert SpecBranchConfig.from_user({"model": "draft", "policy": "pearl", "on_miss": "wait:3"}).on_miss == OnMiss("wait", 3)
+    assert SpecBranchConfig.from_user({"model": "draft", "policy": "pearl", "on_miss": "wait:3"}).on_miss == OnMiss(
+        "wait", 3
+    )
 
 
 @pytest.mark.parametrize(

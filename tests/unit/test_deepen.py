@@ -1,4 +1,4 @@
-"""benchmarks/deepen.py: the same function at a real cost."""
+"""Deepen: the same function at a real cost."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.deepen import check, deepen, main
+from benchmarks.deepen import main
+from vllm_specbranch.deepen import cache_folder, cached, check, deepen
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.shipped_pair import draft_path, target_path
 
@@ -115,3 +116,19 @@ def test_command_line_writes_the_report_last_and_copies_the_tokenizer(tmp_path: 
     report = json.loads(lines[-1])
     assert report["num_layers"] == [2, 3] and report["same_argmax"] is True
     assert (tmp_path / "tokenizer.json").read_bytes() == (draft_path() / "tokenizer.json").read_bytes()
+
+
+def test_cached_model_is_made_once_and_checked(tmp_path: Path) -> None:
+    first = cached(draft_path(), 1, 400, tmp_path)
+    assert first.same_argmax and Path(first.out).parent == tmp_path
+    stamp = (Path(first.out) / "model.safetensors").stat().st_mtime_ns
+    assert cached(draft_path(), 1, 400, tmp_path) == first
+    assert (Path(first.out) / "model.safetensors").stat().st_mtime_ns == stamp
+    other = cached(draft_path(), 2, 400, tmp_path)
+    assert other.out != first.out and other.num_layers == (2, 4)
+    assert not list(tmp_path.glob("unfinished-*"))
+
+
+def test_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "vllm-specbranch"

@@ -180,7 +180,9 @@ def test_a_late_server_is_waited_for_again_once_it_has_spoken() -> None:
     bench.say(batch(1))
     started_s = bench.clock.now_s
     waiting = bench.channels[-1]
-    waiting.on_wait = lambda: bench.say(batch(2)) if bench.clock.now_s == started_s and not waiting.channel.num_dropped else None
+    waiting.on_wait = lambda: (
+        bench.say(batch(2)) if bench.clock.now_s == started_s and not waiting.channel.num_dropped else None
+    )
     reply = bench.link.receive(2, 50.0)
     assert reply is not None
     assert reply.round == 2

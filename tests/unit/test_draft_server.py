@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.fakes import FakeDraftModel
 from vllm_specbranch import messages
 from vllm_specbranch.config import SpecBranchConfig
-from vllm_specbranch.draft_server import DraftServer, Limits
+from vllm_specbranch.draft_server import DraftServer
+from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import WireError
 from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.planner import Planner
@@ -60,7 +61,9 @@ class Engine:
             if not worked:
                 break
 
-    def commit(self, outcomes: dict[str, tuple[int, list[int]]], max_wait_ms: float = 1e4, most_steps: int = 500) -> None:
+    def commit(
+        self, outcomes: dict[str, tuple[int, list[int]]], max_wait_ms: float = 1e4, most_steps: int = 500
+    ) -> None:
         """Commit `tokens` at `position` per request, collect the reply, check it."""
         self.round += 1
         commits = []
@@ -144,7 +147,9 @@ def test_a_miss_goes_on_empty_or_waits_as_told() -> None:
         engine.open("a", [1, 2, 3])
         engine.run(100)
         expected = engine.model.chain([1, 2, 3], 1, 4)[0]
-        miss = next(token for token in range(50) if token not in engine.server._requests[PEER, "a"].tree.node(0).children)
+        miss = next(
+            token for token in range(50) if token not in engine.server._requests[PEER, "a"].tree.node(0).children
+        )
         assert miss != expected
         engine.commit({"a": (3, [miss])})
         assert not engine.hits["a"]
@@ -267,8 +272,12 @@ def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_leaks_nothing
 ) -> None:
     rng = random.Random(seed)
     engine = make_engine(
-        num_blocks, Limits(rng.choice([2, 3, 64]), rng.choice([40, 512]), 20), policy=policy, on_miss=on_miss,
-        num_speculative_tokens=gamma, stop_rule=stop_rule,
+        num_blocks,
+        Limits(rng.choice([2, 3, 64]), rng.choice([40, 512]), 20),
+        policy=policy,
+        on_miss=on_miss,
+        num_speculative_tokens=gamma,
+        stop_rule=stop_rule,
     )
     for number in range(25):
         if len(engine.sequences) < 4 and rng.random() < 0.4:

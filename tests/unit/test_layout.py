@@ -42,14 +42,18 @@ ROOMS = {
     "demo": ANYTHING,
     "draft_check": room("config errors", "vllm huggingface_hub"),
     "draft_link": room("config errors messages metrics placement transport"),
-    "draft_main": room("config draft_model draft_server errors kv_blocks messages metrics placement planner transport"),
+    "deepen": room("errors", "torch transformers"),
+    "draft_main": room("draft_model draft_server draft_work kv_blocks placement planner transport"),
     "draft_model": room("draft_runtime errors kv_blocks token_tree", "numpy torch vllm"),
-    "draft_pressure": room("draft_request errors kv_blocks metrics planner"),
+    "draft_peers": room(),
+    "draft_pressure": room("draft_request metrics"),
     "draft_request": room("errors kv_blocks planner token_tree"),
     "draft_runtime": room("draft_model errors kv_blocks", "numpy psutil torch vllm"),
     "draft_server": room(
-        "config draft_model draft_pressure draft_request errors kv_blocks messages metrics planner token_tree transport"
+        "draft_model draft_peers draft_pressure draft_request draft_work errors kv_blocks messages metrics planner "
+        "token_tree transport"
     ),
+    "draft_work": room("draft_peers draft_request"),
     "errors": room(),
     "kv_blocks": room("errors"),
     "length_head": room("errors", "numpy safetensors torch"),
@@ -79,7 +83,7 @@ PATCH_ROOM = room("config errors patching plugin proposer speculative_config", "
 # Where a habit may be broken, and why.
 MAY_READ_ENVIRONMENT = {"config.py": "the only reader; it also makes the environment of the draft server"}
 MAY_PRINT = {"cli.py": "talks to a person", "demo.py": "talks to a person"}
-MAY_CATCH_EVERYTHING = {"draft_server.py": "the server loop answers with an error message"}
+MAY_CATCH_EVERYTHING: dict[str, str] = {}
 UNSAFE_SERIALISERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
 MODULES = sorted(PACKAGE.glob("*.py"))

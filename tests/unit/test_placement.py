@@ -80,7 +80,9 @@ def wait_for(condition: object, timeout_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def test_a_dead_child_is_started_again_after_a_growing_back_off(stand_in: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_dead_child_is_started_again_after_a_growing_back_off(
+    stand_in: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     clock = Clock()
     process = ServerProcess(CONFIG, MODEL, on_cpu=True, clock=clock)
     try:

@@ -97,7 +97,12 @@ def test_branches_grow_until_a_full_chunk_is_ready_below_their_first_token() -> 
 
 def test_fixed_miss_rules() -> None:
     open_chunk, closed = Chunk(0, 1, False, 0.5), Chunk(0, 1, True, 0.5)
-    for rule, hit, expected in (("go", False, False), ("wait:2", False, True), ("wait:1", False, False), ("wait:2", True, False)):
+    for rule, hit, expected in (
+        ("go", False, False),
+        ("wait:2", False, True),
+        ("wait:1", False, False),
+        ("wait:2", True, False),
+    ):
         assert planner(on_miss=rule).wants_more(open_chunk, hit=hit) is expected
     assert planner(on_miss="auto").wants_more(open_chunk, hit=True)
     assert not planner(on_miss="auto").wants_more(closed, hit=False)

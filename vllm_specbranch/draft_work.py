@@ -1,0 +1,58 @@
+"""One draft step as a list of work: which rows, how many fit, how long they take. Pure Python, draft server process."""
+
+from dataclasses import dataclass, field
+
+from vllm_specbranch.draft_peers import MEAN_WEIGHT
+from vllm_specbranch.draft_request import DraftRequest
+
+# A leaf that lacks at most this many tokens of KV is a decode row; one that lacks more is prefilled, one chunk a step.
+MAX_DECODE_TOKENS = 16
+PREFILL_CHUNK_TOKENS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One row of a draft step: feed the next `num_tokens` on the way to `leaf`."""
+
+    request: DraftRequest
+    leaf: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes of one draft step: most rows, most query tokens over all rows, and most tokens of a prefill chunk among them."""
+
+    num_rows: int = 64
+    num_tokens: int = 512
+    prefill_tokens: int = PREFILL_CHUNK_TOKENS
+
+    def cut(self, work: list["Work"], prefill: "Work | None") -> list["Work"]:
+        """The leading part of `work` that fits into one step beside a prefill chunk."""
+        left = self.num_tokens - (prefill.num_tokens if prefill else 0)
+        kept = []
+        for one in work[: self.num_rows - (prefill is not None)]:
+            left -= one.num_tokens
+            if left < 0:
+                break
+            kept.append(one)
+        return kept if prefill is None else [*kept, prefill]
+
+
+@dataclass(slots=True)
+class StepTimings:
+    """How long draft steps take, as running means: over all, and by number of rows."""
+
+    step_s: float = 0.0
+    step_s_by_rows: dict[int, float] = field(default_factory=dict)
+
+    def observe(self, num_rows: int, duration_s: float) -> None:
+        """Take in one step."""
+        known = self.step_s_by_rows.get(num_rows)
+        mean = duration_s if known is None else known + MEAN_WEIGHT * (duration_s - known)
+        self.step_s_by_rows[num_rows] = mean
+        self.step_s = duration_s if not self.step_s else self.step_s + MEAN_WEIGHT * (duration_s - self.step_s)
+
+    def estimate_s(self, num_rows: int) -> float:
+        """Seconds that a step of `num_rows` takes; the mean over all steps where none was measured."""
+        return self.step_s_by_rows.get(num_rows, self.step_s)
