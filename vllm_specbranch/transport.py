@@ -46,7 +46,7 @@ _MEMORY_PEER = b"memory"
 
 _Frames = Sequence[bytes]
 _T = TypeVar("_T")
-_logger = logging.getLogger(__name__)
+_logger = logging.getLogger("vllm.specbranch.transport")
 
 
 class ClientChannel(Protocol):
