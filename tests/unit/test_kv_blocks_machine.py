@@ -233,6 +233,6 @@ class BlocksMachine(RuleBasedStateMachine):
 @pytest.mark.timeout(300)
 def test_random_operations_never_leak_share_or_lose_a_block() -> None:
     steps_before = num_steps
-    limits = settings(max_examples=600, stateful_step_count=100, deadline=None, derandomize=False)
+    limits = settings(max_examples=580, stateful_step_count=100, deadline=None, derandomize=False)
     run_state_machine_as_test(BlocksMachine, settings=limits)
     assert num_steps - steps_before >= MIN_STEPS

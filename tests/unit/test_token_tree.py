@@ -69,11 +69,12 @@ def test_commit_hit_keeps_exactly_what_hangs_below() -> None:
     old_root = tree.root
     one, two, three = chain(tree, old_root, 1, 2, 3)
     side_of_one = tree.extend(one, 7)
+    below_side = [tree.extend(side_of_one, token) for token in range(4)]
     side_below = tree.extend(two, 8)
     tree.node(two).candidates = Candidates((3, 8), (0.6, 0.3))
     result = tree.commit([1, 2])
     assert (result.hit, result.num_matched, result.last_matched) == (True, 2, two)
-    assert sorted(result.removed) == sorted([old_root, one, side_of_one])
+    assert sorted(result.removed) == sorted([old_root, one, side_of_one, *below_side])
     assert list(tree.trunk) == [5, 1, 2]
     assert tree.root == two
     assert tree.node(two).candidates == Candidates((3, 8), (0.6, 0.3))
