@@ -3,6 +3,7 @@
 The environment is set at import, before any test module can import vLLM, which reads it once.
 """
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -55,6 +56,18 @@ def weak_draft_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from tests.model_paths import make_weak_draft
 
     yield make_weak_draft(Path(tmp_path_factory.mktemp("weak_draft")))
+
+
+@pytest.fixture(autouse=True)
+def _our_log_lines_reach_caplog(caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    """Let tests see our log lines too once vLLM has been imported: it stops its loggers from propagating."""
+    logger = logging.getLogger("vllm")
+    if logger.propagate:
+        yield
+        return
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
