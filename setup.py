@@ -6,6 +6,12 @@ setup(
     packages=["vllm_specbranch", "vllm_specbranch.patches"],
     package_dir={"vllm_specbranch": "vllm_specbranch", "vllm_specbranch.patches": "patches"},
     package_data={
-        "vllm_specbranch": ["py.typed", "models/README.md", "models/*/*.json", "models/*/*.safetensors"],
+        "vllm_specbranch": [
+            "py.typed",
+            "demo_prompts.*",
+            "models/README.md",
+            "models/*/*.json",
+            "models/*/*.safetensors",
+        ],
     },
 )

@@ -42,6 +42,8 @@ MIN_AUTO_REPLY_TIMEOUT_MS = 10.0
 WAIT_SHARE = 0.5
 ROUND_WEIGHT = 0.1
 STATUS_TIMEOUT_S = 2.0
+# Five bytes a token at most, so well below the limit of one message.
+MAX_TOKENS_PER_MESSAGE = 500_000
 
 
 class _InputBatch(Protocol):
@@ -213,9 +215,11 @@ class Proposer:
     def _is_draftable(self, request: NewRequestData) -> bool:
         """Whether the draft model can follow a request: text given as token ids, within the draft's context."""
         assert self._link is not None
-        if request.prompt_token_ids is None or request.prompt_embeds is not None or request.mm_features:
+        is_text = request.prompt_token_ids is not None and request.prompt_embeds is None and not request.mm_features
+        if not is_text or len(request.req_id) > messages.MAX_ID_LENGTH:
             self._undraftable.add(request.req_id)
             return False
+        assert request.prompt_token_ids is not None
         return self._link.is_up and len(request.prompt_token_ids) < self._link.draft_max_model_len
 
     def _open(self, request: NewRequestData) -> messages.Open:
@@ -223,8 +227,13 @@ class Proposer:
         return messages.Open(request.req_id, request.prompt_token_ids)
 
     def _send_step(self, opens: list[messages.Open], closes: list[str]) -> None:
+        """Send opens and closes; after a restart all requests are opened at once, so large prompts get a message each."""
         assert self._link is not None
-        if self._link.send(messages.StepBegin(opens, closes)):
+        if sum(len(one.tokens) for one in opens) > MAX_TOKENS_PER_MESSAGE and len(opens) > 1:
+            half = len(opens) // 2
+            self._send_step(opens[:half], closes)
+            self._send_step(opens[half:], [])
+        elif self._link.send(messages.StepBegin(opens, closes)):
             self._known.update(one.request_id for one in opens)
 
     def _forget(self, request_id: str) -> None:

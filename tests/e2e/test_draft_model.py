@@ -13,26 +13,25 @@ pytest.importorskip("vllm")
 import torch
 from transformers import AutoModelForCausalLM
 
-import vllm_specbranch
+from tests.model_paths import DRAFT
 from vllm_specbranch.draft_model import DraftModel, DraftModelSettings, Row
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
 from vllm_specbranch.token_tree import Candidates
 
-MODEL = str(Path(vllm_specbranch.__file__).parent / "models" / "draft")
 TOP_K = 8
 MAX_GAP = 1e-5
 """Top-two logit gap under which float32 runs may disagree on the greedy token."""
 
 
 def settings(**changes: Any) -> DraftModelSettings:
-    base: dict[str, Any] = {"model": MODEL, "max_model_len": 1024, "dtype": "float32", "kv_cache_bytes": 16 << 20}
+    base: dict[str, Any] = {"model": DRAFT, "max_model_len": 1024, "dtype": "float32", "kv_cache_bytes": 16 << 20}
     return DraftModelSettings(**(base | changes))
 
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    return AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(DRAFT, dtype=torch.float32).eval()
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["compiled", "eager"])

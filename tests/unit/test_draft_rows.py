@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_specbranch.draft_model import Row, RowArrays
@@ -108,6 +108,7 @@ class World:
             assert self.arrays.last_tokens[index] == query - 1
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_each_query_token_sees_exactly_the_keys_of_its_own_branch(data: st.DataObject) -> None:
     """Random opens, forks, rollbacks, commits and forwards over mixed rows."""
@@ -171,6 +172,7 @@ def test_decode_rows_and_longer_rows_as_arrays() -> None:
     assert arrays.last_tokens[:3].tolist() == [0, 3, 7]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, MAX_LEN - 1), min_size=1, max_size=MAX_ROWS))
 def test_the_decode_path_lays_out_as_the_general_path(positions: list[int]) -> None:
     rows = [

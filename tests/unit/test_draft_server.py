@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from tests.fakes import FakeDraftModel
 from vllm_specbranch import messages
 from vllm_specbranch.config import SpecBranchConfig
-from vllm_specbranch.draft_server import DraftServer
+from vllm_specbranch.draft_server import DraftServer, serve
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import WireError
 from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.planner import Planner
+from vllm_specbranch.transport import memory_pair
 
 PEER = b"engine"
 BLOCK_SIZE = 4
@@ -256,6 +257,20 @@ def test_a_request_too_large_for_the_pool_is_left_alone() -> None:
     engine.commit({"big": engine.follow("big", 0), "small": engine.follow("small", 0)})
     assert engine.drafts["big"] == []
     assert engine.server.counters.num_evictions > 0
+
+
+def test_serve_answers_until_told_to_stop_and_survives_a_refused_message() -> None:
+    engine = make_engine()
+    client, endpoint = memory_pair()
+    client.send(messages.Hello("s", 50, 500))
+    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3])], []))
+    client.send(messages.StepBegin([messages.Open("b", [999])], []))
+    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4])]))
+    client.send(messages.Shutdown())
+    serve(engine.server, endpoint)
+    replies = [client.recv(0.0) for _ in range(3)]
+    assert [type(reply) for reply in replies] == [messages.Ready, messages.Failure, messages.DraftBatch]
+    assert engine.server.counters.num_refused_messages == 1
 
 
 @settings(max_examples=150, deadline=None)
