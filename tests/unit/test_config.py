@@ -14,7 +14,7 @@ from vllm_specbranch.errors import ConfigError
 def test_defaults_are_those_of_the_design() -> None:
     config = SpecBranchConfig.from_user({"method": "specbranch", "model": "draft"})
     assert (config.num_speculative_tokens, config.policy, config.max_branches) == (8, "specbranch", 8)
-    assert (config.stop_rule, config.stop_threshold, config.on_miss) == ("confidence", 0.3, OnMiss("auto"))
+    assert (config.stop_rule, config.stop_threshold, config.on_miss) == ("confidence", 0.1, OnMiss("auto"))
     assert config.draft_placement == "process"
     assert config.reply_timeout_ms is None
 

@@ -68,7 +68,7 @@ def test_whether_a_token_enters_does_not_depend_on_the_token() -> None:
             ids = (10 + index, 30 + index)
             tree.node(node).candidates = Candidates(ids[::-1] if swap else ids, (confidence, 0.01))
             node = tree.extend(node, ids[1] if swap else ids[0])
-        assert planner().chunk(tree).num_tokens == 2
+        assert planner(stop_threshold=0.3).chunk(tree).num_tokens == 2
 
 
 @pytest.mark.parametrize(("confidence", "expected"), [(1.0, 1), (0.9, 1), (0.75, 2), (0.5, 4), (0.3, 5), (0.0, 8)])
