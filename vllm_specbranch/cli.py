@@ -1,0 +1,141 @@
+"""The command `vllm-specbranch`.
+
+Owns words and exit codes: 0 fine, 1 something is wrong, 2 the user's words cannot be used. Each command's work is in a module
+of its own, imported only when it is called, so that help is quick. Runs in the process that the user started.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from vllm_specbranch import __version__
+from vllm_specbranch.config import parse_cores
+from vllm_specbranch.errors import ConfigError, SpecBranchError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.command(args))
+    except ConfigError as error:
+        return _fail(error, 2)
+    except SpecBranchError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+
+
+def _fail(reason: object, code: int) -> int:
+    sys.stdout.flush()
+    sys.stderr.write(f"\nvllm-specbranch: {reason}\n")
+    return code
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from vllm_specbranch import demo
+
+    settings = demo.DemoSettings(
+        target=args.target,
+        draft=args.draft,
+        prompts=args.prompts,
+        num_prompts=args.num_prompts,
+        max_tokens=args.max_tokens,
+        num_speculative_tokens=args.num_speculative_tokens,
+        draft_model_tokens=args.draft_model_tokens,
+        dtype=args.dtype,
+        extra_layers=demo.EXTRA_LAYERS if args.extra_layers is None else args.extra_layers,
+        target_cores=parse_cores(args.target_cores, "--target-cores") if args.target_cores else None,
+        draft_cores=parse_cores(args.draft_cores, "--draft-cores") if args.draft_cores else None,
+        max_model_len=args.max_model_len,
+        kv_cache_bytes=int(args.kv_cache_gib * 2**30),
+        enforce_eager=args.enforce_eager,
+        json_out=args.json,
+    )
+    return demo.run(settings, _write)
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from vllm_specbranch import doctor
+
+    return doctor.run(_write)
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def count(text: str) -> int:
+        value = int(text) if text.strip().lstrip("-").isdecimal() else None
+        if value is None or value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be used; allowed: a whole number of at least {least}")
+        return value
+
+    return count
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm-specbranch",
+        description="Parallel speculative decoding for vLLM: the draft drafts while the target verifies.",
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-specbranch {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(commands.add_parser("demo", help="the same prompts by plain vLLM, its draft_model, and specbranch"))
+    doctor = commands.add_parser("doctor", help="check whether specbranch can run here")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_demo(demo: argparse.ArgumentParser) -> None:
+    count = _at_least(1)
+    add = demo.add_argument
+    demo.set_defaults(command=_demo)
+    add(
+        "--target",
+        type=Path,
+        metavar="PATH",
+        help="folder of the target model (default: the shipped one, made heavier)",
+    )
+    add("--draft", type=Path, metavar="PATH", help="folder of the draft model (default: the shipped one)")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=".jsonl with id and prompt, .json list, or .txt (default: 16 of HumanEval)",
+    )
+    add("--num-prompts", type=count, default=8, metavar="N", help="use the first N prompts (default 8)")
+    add("--max-tokens", type=count, default=64, metavar="N", help="new tokens per prompt (default 64)")
+    add("--num-speculative-tokens", type=count, default=8, metavar="N", help="most draft tokens per round (default 8)")
+    add(
+        "--draft-model-tokens",
+        type=count,
+        metavar="N",
+        help="draft tokens per round of vLLM's draft_model, which has to wait for each of them (default: half of the above)",
+    )
+    add("--dtype", default="float32", help="of both models (default float32, in which token ids must be identical)")
+    add(
+        "--extra-layers",
+        type=_at_least(0),
+        metavar="N",
+        help="layers added to the shipped target; 0 leaves it as it is",
+    )
+    add("--target-cores", metavar="LIST", help="CPU cores of the target, such as 0-3 (default: the first one)")
+    add("--draft-cores", metavar="LIST", help="CPU cores of the draft server (default: the next one)")
+    add(
+        "--max-model-len",
+        type=count,
+        default=1024,
+        metavar="N",
+        help="longest prompt and output together (default 1024)",
+    )
+    add("--kv-cache-gib", type=float, default=0.5, metavar="GIB", help="KV cache of each target (default 0.5)")
+    add("--enforce-eager", action="store_true", help="do not compile: quicker start, slower run")
+    add("--json", type=Path, metavar="OUT", help="also write all results to this file")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
