@@ -10,10 +10,11 @@ the target's worker.
     take_draft_token_ids -> collect   the reply comes in, within the reply timeout
 """
 
+import functools
 import logging
 import time
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,34 @@ class _Runner(Protocol):
     """What is used of vLLM's V1 model runner."""
 
     input_batch: _InputBatch
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _survives(
+    fallback: Callable[_P, _T],
+) -> Callable[[Callable[Concatenate["Proposer", _P], _T]], Callable[Concatenate["Proposer", _P], _T]]:
+    """Let no failure of ours reach vLLM: the first one is logged with its trace, and drafting is over for this engine.
+
+    Args:
+        fallback: what to return then; takes the method's arguments.
+    """
+
+    def decorate(method: Callable[Concatenate["Proposer", _P], _T]) -> Callable[Concatenate["Proposer", _P], _T]:
+        @functools.wraps(method)
+        def guarded(self: "Proposer", /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+            try:
+                return method(self, *args, **kwargs)
+            except Exception:
+                logger.exception("specbranch failed in %s; this engine goes on without drafts", method.__name__)
+                self.give_up()
+                return fallback(*args, **kwargs)
+
+        return guarded
+
+    return decorate
 
 
 class Proposer:
@@ -118,6 +147,7 @@ class Proposer:
         if self._link is not None and not self._link.wait_until_up(timeout_s):
             logger.warning("The draft server did not start; requests are decoded without drafts until it does.")
 
+    @_survives(lambda scheduled: None)
     def begin_step(self, scheduled: SchedulerOutput) -> None:
         """Send opens and closes at the start of an engine step; look after the draft server."""
         if self._link is None:
@@ -137,6 +167,7 @@ class Proposer:
             self._send_step(opens, closes)
         self.counters.propose_s += time.perf_counter() - started_s
 
+    @_survives(lambda sampled_token_ids, *_args, **_kwargs: [[] for _ in sampled_token_ids])
     def propose(
         self,
         sampled_token_ids: Sequence[Sequence[int]],
@@ -183,6 +214,7 @@ class Proposer:
         self._observe_round(started_s)
         return nothing
 
+    @_survives(lambda: None)
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Collect the reply to this step's commits; what does not come within the reply timeout is not drafted."""
         if self._link is None or not self._expected:
@@ -209,6 +241,13 @@ class Proposer:
         """End the draft server. Safe to call again."""
         if self._link is not None:
             self._link.close()
+
+    def give_up(self) -> None:
+        """End drafting for good; vLLM goes on as if there were no proposer."""
+        link, self._link = self._link, None
+        self._expected = {}
+        if link is not None:
+            link.close()
 
     # --- details ----------------------------------------------------------------------------------------------------------
 

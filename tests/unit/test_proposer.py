@@ -1,0 +1,267 @@
+"""The proposer's messages, step by step, with a scripted line in place of the draft server."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from vllm.v1.core.sched.output import CachedRequestData
+
+from vllm_specbranch import messages, proposer
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.proposer import Proposer
+from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
+from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
+
+
+@dataclass
+class Line:
+    """What the proposer sees of a `DraftLink`."""
+
+    is_up: bool = True
+    generation: int = 1
+    draft_max_model_len: int = 100
+    sent: list[messages.EngineMessage] = field(default_factory=list)
+    replies: list[messages.DraftBatch | None] = field(default_factory=list)
+    accepts: bool = True
+    is_closed: bool = False
+    breaks: bool = False
+    timeouts_ms: list[float] = field(default_factory=list)
+
+    def poll(self) -> None:
+        if self.breaks:
+            raise RuntimeError("a bug of ours")
+
+    def send(self, message: messages.EngineMessage) -> bool:
+        if self.breaks:
+            raise RuntimeError("a bug of ours")
+        if self.accepts:
+            self.sent.append(message)
+        return self.accepts
+
+    def receive(self, round_number: int, timeout_ms: float) -> messages.DraftBatch | None:
+        if self.breaks:
+            raise RuntimeError("a bug of ours")
+        self.timeouts_ms.append(timeout_ms)
+        return self.replies.pop(0)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+    def take(self) -> list[messages.EngineMessage]:
+        sent, self.sent = self.sent, []
+        return sent
+
+
+@dataclass
+class Bench:
+    proposer: Proposer
+    line: Line
+    sequences: dict[str, list[int]] = field(default_factory=dict)
+
+    def begin(self, new: dict[str, list[int]] | None = None, finished: Sequence[str] = (), **fields: Any) -> None:
+        self.sequences |= new or {}
+        requests = [
+            SimpleNamespace(req_id=name, prompt_token_ids=list(tokens), prompt_embeds=None, mm_features=[])
+            for name, tokens in (new or {}).items()
+        ]
+        output = SpecBranchSchedulerOutput(
+            scheduled_new_reqs=requests,  # type: ignore[arg-type]
+            scheduled_cached_reqs=CachedRequestData.make_empty(),
+            num_scheduled_tokens={},
+            total_num_scheduled_tokens=1,
+            scheduled_spec_decode_tokens=fields.pop("scheduled", {}),
+            scheduled_encoder_inputs={},
+            finished_req_ids=set(finished),
+            free_encoder_mm_hashes=[],
+            **fields,
+        )
+        self.proposer.begin_step(output)
+
+    def propose(self, sampled: dict[str, list[int]]) -> list[list[int]]:
+        names = list(sampled)
+        self.proposer.attach(SimpleNamespace(input_batch=SimpleNamespace(req_ids=names)))  # type: ignore[arg-type]
+        table = np.zeros((len(names), 200), np.int32)
+        lengths = np.zeros(len(names), np.int32)
+        for row, name in enumerate(names):
+            self.sequences[name] = self.sequences[name] + sampled[name]
+            lengths[row] = len(self.sequences[name])
+            table[row, : lengths[row]] = self.sequences[name]
+        return self.proposer.propose(list(sampled.values()), lengths, table)
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    line = Line()
+    monkeypatch.setattr(proposer, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(Proposer, "_open_link", lambda *_: line)
+    speculative = SpecBranchSpeculativeConfig.__new__(SpecBranchSpeculativeConfig)
+    speculative.specbranch = SpecBranchConfig.from_user({"model": "draft", "num_speculative_tokens": 4})
+    model_config = SimpleNamespace(max_model_len=200, get_vocab_size=lambda: 50)
+    return Bench(Proposer(SimpleNamespace(speculative_config=speculative, model_config=model_config)), line)
+
+
+def reply(
+    round_number: int, drafts: dict[str, tuple[int, list[int]]], unknown: Sequence[str] = ()
+) -> messages.DraftBatch:
+    return messages.DraftBatch(
+        round_number, [messages.Draft(name, *draft, True) for name, draft in drafts.items()], list(unknown)
+    )
+
+
+def test_a_request_from_open_to_close(bench: Bench) -> None:
+    bench.begin({"a": [1, 2, 3]})
+    assert bench.line.take() == [messages.StepBegin([messages.Open("a", [1, 2, 3])], [])]
+    assert bench.propose({"a": [4]}) == [[]], "drafts come later"
+    (batch,) = bench.line.take()
+    assert isinstance(batch, messages.CommitBatch)
+    assert batch.commits == [messages.Commit("a", 3, [4])]
+    bench.line.replies = [reply(batch.round, {"a": (4, [5, 6])})]
+    drafts = bench.proposer.take_draft_token_ids()
+    assert drafts is not None
+    assert (drafts.req_ids, drafts.draft_token_ids) == (["a"], [[5, 6]])
+    bench.begin(scheduled={"a": [5, 6]})
+    bench.propose({"a": [5, 9]})
+    (batch,) = bench.line.take()
+    assert isinstance(batch, messages.CommitBatch)
+    assert batch.commits == [messages.Commit("a", 4, [5, 9])]
+    counters = bench.proposer.counters
+    assert (counters.num_draft_tokens, counters.num_accepted_tokens) == (2, 1)
+    bench.begin(finished=["a"])
+    assert bench.line.take() == [messages.StepBegin([], ["a"])]
+
+
+def test_drafts_for_another_position_or_request_are_dropped_and_long_ones_cut(bench: Bench) -> None:
+    bench.begin({"a": [1], "b": [1, 2], "c": [1, 2, 3]})
+    bench.propose({"a": [4], "b": [4], "c": [4]})
+    bench.line.replies = [reply(1, {"a": (3, [5]), "b": (3, [1, 2, 3, 4, 5, 6]), "c": (4, []), "d": (1, [5])})]
+    drafts = bench.proposer.take_draft_token_ids()
+    assert drafts is not None
+    assert (drafts.req_ids, drafts.draft_token_ids) == (["b"], [[1, 2, 3, 4]])
+
+
+def test_no_reply_means_no_drafts(bench: Bench) -> None:
+    bench.begin({"a": [1]})
+    bench.propose({"a": [4]})
+    bench.line.replies = [None]
+    assert bench.proposer.take_draft_token_ids() is None
+    assert bench.proposer.take_draft_token_ids() is None, "a reply is collected once"
+
+
+def test_an_unfinished_prefill_sends_nothing_and_nothing_waits_for_it(bench: Bench) -> None:
+    bench.begin({"a": [1], "b": [2]})
+    bench.line.take()
+    bench.propose({"a": [], "b": [3]})
+    (batch,) = bench.line.take()
+    assert isinstance(batch, messages.CommitBatch)
+    assert [commit.request_id for commit in batch.commits] == ["b"]
+    assert batch.max_wait_ms == 0.0
+
+
+def test_a_step_waits_only_when_no_prompt_does(bench: Bench) -> None:
+    waits = []
+    for num_waiting in (0, 3):
+        bench.begin({f"r{num_waiting}": [1]}, num_waiting_requests=num_waiting)
+        bench.propose({f"r{num_waiting}": [2]})
+        batch = bench.line.take()[-1]
+        assert isinstance(batch, messages.CommitBatch)
+        waits.append(batch.max_wait_ms)
+    assert waits[0] > 0.0
+    assert waits[1] == 0.0
+
+
+def test_a_new_generation_opens_running_requests_from_their_history(bench: Bench) -> None:
+    bench.begin({"a": [1, 2, 3]})
+    bench.propose({"a": [4]})
+    bench.line.take()
+    bench.line.generation = 2
+    bench.begin()
+    bench.propose({"a": [5, 6]})
+    assert bench.line.take() == [messages.StepBegin([messages.Open("a", [1, 2, 3, 4, 5, 6])], [])]
+    bench.begin()
+    bench.propose({"a": [7]})
+    (batch,) = bench.line.take()
+    assert isinstance(batch, messages.CommitBatch)
+    assert batch.commits == [messages.Commit("a", 6, [7])]
+
+
+def test_a_request_that_the_server_does_not_know_is_opened_again(bench: Bench) -> None:
+    bench.begin({"a": [1]})
+    bench.propose({"a": [2]})
+    bench.line.replies = [reply(1, {}, ["a"])]
+    bench.proposer.take_draft_token_ids()
+    bench.line.take()
+    bench.begin()
+    bench.propose({"a": [3]})
+    assert bench.line.take() == [messages.StepBegin([messages.Open("a", [1, 2, 3])], [])]
+
+
+def test_requests_that_cannot_be_drafted_for_never_are(bench: Bench) -> None:
+    long_id = "x" * 300
+    bench.begin({long_id: [1], "beyond": [1] * 100, "near": [1] * 98})
+    (step,) = bench.line.take()
+    assert isinstance(step, messages.StepBegin)
+    assert [one.request_id for one in step.opens] == ["near"]
+    bench.propose({long_id: [2], "beyond": [2], "near": [2]})
+    (batch,) = bench.line.take()
+    assert isinstance(batch, messages.CommitBatch)
+    assert [one.request_id for one in batch.commits] == ["near"]
+    bench.propose({"near": [3]})
+    assert bench.line.take() == [], "at the end of the draft model's context"
+
+
+def test_nothing_is_sent_or_awaited_while_the_line_is_down(bench: Bench) -> None:
+    bench.line.is_up = False
+    bench.begin({"a": [1]})
+    bench.propose({"a": [2]})
+    assert bench.proposer.take_draft_token_ids() is None
+    assert bench.line.sent == []
+    assert bench.line.timeouts_ms == []
+
+
+def test_a_failed_send_is_not_waited_for(bench: Bench) -> None:
+    bench.begin({"a": [1]})
+    bench.line.accepts = False
+    bench.propose({"a": [2]})
+    assert bench.proposer.take_draft_token_ids() is None
+    assert bench.line.timeouts_ms == []
+
+
+def test_large_histories_travel_in_several_messages(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proposer, "MAX_TOKENS_PER_MESSAGE", 10)
+    bench.begin({f"r{number}": [1] * 4 for number in range(7)}, finished=["gone"])
+    steps = bench.line.take()
+    assert len(steps) > 2
+    names = [one.request_id for step in steps if isinstance(step, messages.StepBegin) for one in step.opens]
+    assert names == [f"r{number}" for number in range(7)]
+
+
+def test_the_reply_timeout_follows_the_measured_rounds_within_its_bounds(bench: Bench) -> None:
+    seen = []
+    for round_s in (0.0, 0.001, 0.008, 1.0):
+        bench.proposer._round_s = round_s
+        seen.append(bench.proposer._reply_timeout_ms())
+    assert seen == [50.0, 10.0, 32.0, 50.0]
+
+
+@pytest.mark.parametrize("step", ["begin", "propose", "take"])
+def test_a_failure_of_ours_ends_drafting_not_the_engine(
+    bench: Bench, step: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    if step != "begin":
+        bench.begin({"a": [1]})
+    if step == "take":
+        bench.propose({"a": [2]})
+    bench.line.breaks = True
+    if step == "begin":
+        bench.begin({"a": [1]})
+    if step == "propose":
+        assert bench.propose({"a": [2]}) == [[]]
+    assert bench.proposer.take_draft_token_ids() is None
+    assert bench.line.is_closed
+    bench.begin({"b": [1]})
+    assert bench.propose({"a": [3], "b": []}) == [[], []]
+    assert bench.proposer.take_draft_token_ids() is None
+    assert sum("goes on without drafts" in record.message for record in caplog.records) == 1
