@@ -253,16 +253,26 @@ class Engine:
 
 
 @contextlib.contextmanager
-def running(specs: Sequence[EngineSpec], on_progress: OnProgress | None = None) -> Iterator[list[Engine]]:
+def running(
+    specs: Sequence[EngineSpec], on_progress: OnProgress | None = None, at_once: int | None = None
+) -> Iterator[list[Engine]]:
     """Start an engine for each spec, side by side; yield them ready; end them all.
+
+    Args:
+        specs: of the engines.
+        on_progress: see `wait_for_all`.
+        at_once: so many start side by side, and the next ones when they are ready; None for all.
 
     Raises:
         MeasureError: one died, failed, or took too long.
     """
+    engines = [Engine(spec) for spec in specs]
     with contextlib.ExitStack() as stack:
-        engines = [stack.enter_context(Engine(spec)) for spec in specs]
         try:
-            wait_for_all(engines, on_progress)
+            for first in range(0, len(engines), at_once or len(engines)):
+                for engine in engines[first : first + (at_once or len(engines))]:
+                    stack.enter_context(engine)
+                wait_for_all(engines[: first + (at_once or len(engines))], on_progress)
             yield engines
         finally:
             for engine in engines:

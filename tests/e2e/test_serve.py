@@ -153,8 +153,26 @@ def test_chat_streamed_and_at_once_say_the_same(server: Server) -> None:
 
 def test_vllm_bench_serve_completes(server: Server, tmp_path: Path) -> None:
     command = [VLLM, "bench", "serve", "--base-url", server.url, "--model", "pair", "--tokenizer", TARGET]
-    command += ["--dataset-name", "random", "--num-prompts", "24", "--random-input-len", "48", "--random-output-len", "32"]
-    command += ["--max-concurrency", "16", "--ignore-eos", "--save-result", "--result-dir", str(tmp_path), "--seed", "1"]
+    command += [
+        "--dataset-name",
+        "random",
+        "--num-prompts",
+        "24",
+        "--random-input-len",
+        "48",
+        "--random-output-len",
+        "32",
+    ]
+    command += [
+        "--max-concurrency",
+        "16",
+        "--ignore-eos",
+        "--save-result",
+        "--result-dir",
+        str(tmp_path),
+        "--seed",
+        "1",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (result,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
@@ -165,5 +183,9 @@ def test_vllm_bench_serve_completes(server: Server, tmp_path: Path) -> None:
 
 def test_vllms_own_counters_see_the_drafts(server: Server) -> None:
     text = server.call("/metrics")
-    values = [float(line.split()[-1]) for line in text.splitlines() if line.startswith("vllm:spec_decode_num_accepted_tokens_total")]
+    values = [
+        float(line.split()[-1])
+        for line in text.splitlines()
+        if line.startswith("vllm:spec_decode_num_accepted_tokens_total")
+    ]
     assert sum(values) > 0
