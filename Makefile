@@ -26,11 +26,11 @@ test-long: $(STAMP)  ## the tests marked long; keeps what they printed
 	@mkdir -p benchmarks/results
 	@$(PYTEST) -m long $(PYTEST_ARGS) | tee benchmarks/results/test-long.txt
 
-check: $(STAMP)  ## the fast one: format, lint, types, unit tests
+check: $(STAMP)  ## the fast one: format, lint, types, unit tests less the longest two
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(PYTEST) tests/unit $(PYTEST_ARGS)
+	@$(PYTEST) tests/unit -m "not long and not steps" $(PYTEST_ARGS)
 
 format: $(STAMP)
 	@$(BIN)/ruff format .

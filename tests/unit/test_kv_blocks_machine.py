@@ -231,6 +231,7 @@ class BlocksMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.steps
 def test_random_operations_never_leak_share_or_lose_a_block() -> None:
     steps_before = num_steps
     limits = settings(max_examples=580, stateful_step_count=100, deadline=None, derandomize=False)

@@ -199,6 +199,7 @@ class TreeMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.steps
 def test_random_operations_keep_the_tree_equal_to_the_model() -> None:
     steps_before = num_steps
     limits = settings(max_examples=605, stateful_step_count=100, deadline=None, derandomize=False)
