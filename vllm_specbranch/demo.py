@@ -26,10 +26,10 @@ from vllm_specbranch.report import Summary, breakdown, number, percent, shorten,
 from vllm_specbranch.shipped_pair import draft_path, target_path
 
 SCHEMA_VERSION = 1
-# A round of the shipped target costs about as much as one step of its draft. With these sizes it costs five to eight on the
-# machine that the project is developed on.
+# A round of the shipped target costs about as much as one step of its draft. With these sizes it costs five to eight
+# where this was tried (two cores of an AMD EPYC, both busy; alone on its core a draft step is quicker).
 EXTRA_LAYERS = 2
-MLP_SIZE = 2816
+MLP_SIZE = 2048
 PROGRESS_LINE_INTERVAL_S = 10.0
 
 Write = Callable[[str], object]
