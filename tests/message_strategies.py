@@ -13,6 +13,7 @@ from vllm_specbranch.messages import (
     Hello,
     Open,
     Ready,
+    Refused,
     ServerMessage,
     Shutdown,
     Status,
@@ -34,7 +35,7 @@ durations_us = st.floats(0, 1e15)
 durations_ms = st.floats(0, 60_000)
 
 opens = st.builds(Open, identifiers, some_tokens)
-commits = st.builds(Commit, identifiers, int32s, some_tokens)
+commits = st.builds(Commit, identifiers, int32s, some_tokens, counts)
 drafts = st.builds(Draft, identifiers, int32s, token_lists, st.booleans())
 
 
@@ -52,6 +53,7 @@ engine_messages: st.SearchStrategy[EngineMessage] = st.one_of(
 )
 server_messages: st.SearchStrategy[ServerMessage] = st.one_of(
     st.builds(Ready, identifiers, sizes, sizes, sizes),
+    st.builds(Refused, identifiers, text),
     st.builds(DraftBatch, counts, few(drafts), few(identifiers)),
     st.builds(
         Status,

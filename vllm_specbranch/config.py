@@ -145,18 +145,26 @@ def load_bare_word_settings(target_model: str) -> dict[str, object]:
     return settings
 
 
-def draft_server_environment(overrides: Mapping[str, str], removed: tuple[str, ...]) -> dict[str, str]:
-    """The environment of a draft server: ours, less `removed`, with `overrides`."""
+def child_environment(overrides: Mapping[str, str], removed: tuple[str, ...]) -> dict[str, str]:
+    """The environment of a child process: ours, less `removed`, with `overrides`."""
     kept = {key: value for key, value in os.environ.items() if key not in removed}
     return kept | dict(overrides)
 
 
 def target_core_settings() -> str | None:
-    """The cores that OpenMP gives the target in this process, in whichever variable vLLM wrote them; None if unbound."""
-    for name in ("OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY"):
-        if os.environ.get(name):
-            return os.environ[name]
-    return None
+    """The cores that OpenMP gives the target, in whichever variables vLLM wrote them; None if this process is not bound.
+
+    With several target workers the user's own list, where there is one, names the cores of all of them.
+    """
+    bound = [os.environ[name] for name in ("OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY") if os.environ.get(name)]
+    if not bound:
+        return None
+    return " ".join([*bound, os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "")])
+
+
+def cache_directory() -> Path:
+    """Where this package may keep what it can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-specbranch"
 
 
 def _text(value: object, field: str) -> str:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specbranch.config import draft_server_environment as environment
+from vllm_specbranch.config import cache_directory
 from vllm_specbranch.errors import ConfigError, SpecBranchError
 
 if TYPE_CHECKING:
@@ -220,7 +220,7 @@ def cached(source: Path, extra_layers: int, mlp_size: int | None, cache: Path | 
     Args:
         source: folder of the model.
         extra_layers, mlp_size: as in `deepen`.
-        cache: folder of all results; None means `cache_folder()`.
+        cache: folder of all results; None means `cache_directory()`.
 
     Returns:
         The report, with the checks filled in.
@@ -232,7 +232,7 @@ def cached(source: Path, extra_layers: int, mlp_size: int | None, cache: Path | 
     config = _read_config(source)
     layers = int(config["num_hidden_layers"]) + extra_layers
     name = f"{source.name}-{layers}x{mlp_size or config['intermediate_size']}-{_digest(source)[:12]}"
-    folder = (cache_folder() if cache is None else cache) / name
+    folder = (cache_directory() if cache is None else cache) / name
     if not (folder / _REPORT).is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         # Made aside and renamed, so that a folder with that name is always complete.
@@ -245,12 +245,6 @@ def cached(source: Path, extra_layers: int, mlp_size: int | None, cache: Path | 
             shutil.rmtree(folder, ignore_errors=True)
             made.rename(folder)
     return _read_report(folder)
-
-
-def cache_folder() -> Path:
-    """Where heavier models are kept: `vllm-specbranch` in the user's cache folder."""
-    root = environment({}, ()).get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "vllm-specbranch"
 
 
 def _digest(source: Path) -> str:

@@ -25,6 +25,8 @@ logger = logging.getLogger("vllm.specbranch.draft_link")
 SILENCE_S = 1.0
 # Silent for this long: it will not come back, start another.
 HUNG_S = 10.0
+# Loading and compiling a draft model takes seconds to minutes; a download may be part of it.
+LONGEST_START_S = 900.0
 FIRST_PROBE_S = 0.25
 LONGEST_PROBE_S = 4.0
 
@@ -63,6 +65,7 @@ class DraftLink:
         self._is_late = False
         self._silent_since_s: float | None = None
         self._late_since_s = 0.0
+        self._greeted_s = 0.0
         self._probe_s = FIRST_PROBE_S
         self._next_probe_s = 0.0
         self.is_up = False
@@ -92,6 +95,10 @@ class DraftLink:
         if self.is_up:
             return
         now_s = self._clock()
+        if self._silent_since_s is None and now_s - self._greeted_s > LONGEST_START_S:
+            logger.warning("The draft server has been starting for %.0f s and is restarted.", LONGEST_START_S)
+            self._process.kill()
+            return
         if self._silent_since_s is not None:
             if now_s - self._silent_since_s > HUNG_S:
                 logger.warning("The draft server has not answered for %.0f s and is restarted.", HUNG_S)
@@ -116,6 +123,7 @@ class DraftLink:
         self._counters.num_server_starts += 1
         self._channel = self._open_channel(self._process.address)
         self._silent_since_s = None
+        self._greeted_s = self._clock()
         self._say_hello()
 
     def _say_hello(self) -> None:
@@ -130,7 +138,7 @@ class DraftLink:
             message = self._channel.recv(max(0.0, 1e3 * (until_s - self._clock())))
             if message is None:
                 return
-            if isinstance(message, messages.Failure):
+            if isinstance(message, messages.Refused) and message.session == self._session:
                 self._refuse(message.reason)
                 return
             if isinstance(message, messages.Ready) and message.session == self._session:

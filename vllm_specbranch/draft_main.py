@@ -6,6 +6,7 @@ ends and takes its sockets with it. Run as `python -m vllm_specbranch.draft_main
 
 import logging
 import os
+import select
 import shutil
 import signal
 import sys
@@ -15,30 +16,55 @@ from pathlib import Path
 from vllm_specbranch.draft_model import DraftModel
 from vllm_specbranch.draft_server import DraftServer, serve
 from vllm_specbranch.draft_work import Limits
+from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.kv_blocks import KVBlocks
-from vllm_specbranch.placement import ServerSpec
+from vllm_specbranch.placement import EXIT_CONFIG, ServerSpec
 from vllm_specbranch.planner import Planner
 from vllm_specbranch.transport import bind, ipc_path
 
 logger = logging.getLogger("vllm.specbranch.draft_main")
 
+PARENT_CHECK_S = 2.0
 
-def _end_with_parent(address: str) -> None:
-    """Wait for the lifeline to close, then end this process at once, even in the middle of a load or a draft step."""
-    while sys.stdin.buffer.read(1):
-        pass
+
+def _end_with_parent(address: str, parent: int) -> None:
+    """Wait for the lifeline to close, then end this process at once, even in the middle of a load or a draft step.
+
+    The parent's pid is watched too: a fork of the parent may hold the lifeline open beyond its death.
+    """
+    while os.getppid() == parent:
+        readable, _, _ = select.select([sys.stdin], [], [], PARENT_CHECK_S)
+        if readable and not os.read(sys.stdin.fileno(), 1024):
+            break
     shutil.rmtree(Path(ipc_path(address)).parent, ignore_errors=True)
     os._exit(0)
+
+
+def _take_cores(cores: tuple[int, ...]) -> None:
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        allowed = f"cores of this machine that this process may use ({error})"
+        raise ConfigError(list(cores), allowed, "draft_cpu_cores") from error
 
 
 def main() -> None:
     """Serve until the parent closes the lifeline or sends Shutdown."""
     # Ctrl-C goes to the whole process group: the engine decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
     spec = ServerSpec.from_json(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, args=(spec.address,), name="lifeline", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(spec.address, parent), name="lifeline", daemon=True).start()
+    try:
+        _serve(spec)
+    except ConfigError as error:
+        logger.error("%s", error)
+        sys.exit(EXIT_CONFIG)
+
+
+def _serve(spec: ServerSpec) -> None:
     if spec.cores:
-        os.sched_setaffinity(0, spec.cores)
+        _take_cores(spec.cores)
     # Bound before the model loads: what the engine sends meanwhile is answered then.
     endpoint = bind(spec.address)
     try:

@@ -54,6 +54,10 @@ class DraftRequest:
         """The KV sequence of a leaf."""
         return self._owned[leaf]
 
+    def depth(self, node_id: int) -> int:
+        """How many tokens lie from the branch point down to a node."""
+        return self.tree.node(node_id).position - self.tree.node(self.chunk_end).position
+
     def num_pending(self, leaf: int) -> int:
         """How many tokens, up to and with the leaf's, have no KV yet; 0 when the leaf has been fed."""
         return self.tree.node(leaf).position + 1 - self._kv.num_tokens(self._owned[leaf])

@@ -56,8 +56,14 @@ class DraftRuntime:
         self._arrays = RowArrays(settings.max_num_rows, settings.max_num_tokens, max_num_blocks, self.block_size)
         self._buffers = _DeviceBuffers(self._arrays, device)
         self._compile(settings.max_num_tokens)
-        budget = settings.kv_cache_bytes or default_kv_cache_bytes(settings, device)
-        self._kv = _allocate_kv(spec, layout, len(set(owners.values())), budget, self.max_model_len, device)
+        num_layers = len(set(owners.values()))
+        budget = settings.kv_cache_bytes or default_kv_cache_bytes(
+            settings, device, spec.page_size_bytes * num_layers * max_num_blocks
+        )
+        if settings.kv_cache_bytes is None:
+            fitting = budget // (spec.page_size_bytes * num_layers) * self.block_size
+            self.max_model_len = max(self.block_size, min(self.max_model_len, fitting))
+        self._kv = _allocate_kv(spec, layout, num_layers, budget, self.max_model_len, device)
         self.num_blocks = int(self._kv.shape[1])
         for index, owner in enumerate(dict.fromkeys(owners.values())):
             for name in (name for name in owners if owners[name] == owner):
@@ -322,10 +328,17 @@ def _resolve_layout(config: VllmConfig, backend: Any, spec: FullAttentionSpec) -
     return resolve_kv_cache_layout(config, [names], [spec])
 
 
-def default_kv_cache_bytes(settings: DraftModelSettings, device: torch.device) -> int:
-    """256 MiB or a quarter of what is free on CPU; else what `gpu_memory_utilization` leaves after the warm-up."""
+def default_kv_cache_bytes(settings: DraftModelSettings, device: torch.device, one_sequence: int) -> int:
+    """How much KV cache to take when the user does not say.
+
+    On CPU 256 MiB, or four sequences of the longest kind if that is more, but never more than a quarter of what is free (then
+    longer requests are decoded without drafts). Elsewhere what `gpu_memory_utilization` leaves after the warm-up.
+
+    Args:
+        one_sequence: bytes of KV of one sequence of `max_model_len`.
+    """
     if device.type == "cpu":
-        return min(CPU_KV_CACHE_BYTES, int(psutil.virtual_memory().available) // 4)
+        return min(max(CPU_KV_CACHE_BYTES, 4 * one_sequence), int(psutil.virtual_memory().available) // 4)
     free, total = torch.accelerator.get_memory_info(device)
     return int(total * settings.gpu_memory_utilization) - int(total - free)
 

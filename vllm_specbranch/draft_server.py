@@ -80,7 +80,7 @@ class DraftServer:
         """Take in one message; return what can be answered now.
 
         Raises:
-            WireError: the message names a token outside the vocabulary. Nothing was changed.
+            WireError: the message names a token outside the vocabulary. Of it, only the closes were carried out.
         """
         match message:
             case messages.Hello():
@@ -102,15 +102,15 @@ class DraftServer:
         self._peers[peer] = Peer()
         if hello.vocab_size != self._model.vocab_size:
             reason = f"the target's vocabulary has {hello.vocab_size} tokens, the draft's {self._model.vocab_size}"
-            return [(peer, messages.Failure(reason))]
+            return [(peer, messages.Refused(hello.session, reason))]
         ready = messages.Ready(hello.session, self._model.max_model_len, self.kv.num_blocks, self.kv.block_size)
         return [(peer, ready)]
 
     def _begin_step(self, peer: bytes, message: messages.StepBegin) -> None:
-        for opened in message.opens:
-            self._check_tokens(opened.tokens)
         for request_id in message.closes:
             self._close((peer, request_id))
+        for opened in message.opens:
+            self._check_tokens(opened.tokens)
         for opened in message.opens:
             key = (peer, opened.request_id)
             self._close(key)
@@ -147,7 +147,6 @@ class DraftServer:
             return None
         tree = request.tree
         line, num_nodes = self._main_line(request), len(tree)
-        chunk = tree.node(request.chunk_end).position + 1 - tree.num_tokens
         result = request.commit(commit.position, commit.tokens)
         if result is None:
             request.evict()
@@ -155,7 +154,7 @@ class DraftServer:
         # The requests are kept in the order of their last commit: the first is the first to be evicted.
         self._requests[key] = request
         self._count(result.hit, result.num_matched, line, num_nodes - len(tree))
-        peer.observe_outcome(chunk, min(chunk, len(commit.tokens) - 1))
+        peer.observe_outcome(commit.num_draft_tokens, min(commit.num_draft_tokens, len(commit.tokens) - 1))
         if not self._fits(request):
             request.evict()
         else:
@@ -258,7 +257,9 @@ class DraftServer:
         work = self._select()
         if work:
             self._feed(work)
-        return self._replies_due(), bool(work)
+        replies = self._replies_due()
+        # A reply that still waits is looked at again soon, even when nothing could be fed for want of blocks.
+        return replies, bool(work) or any(peer.pending is not None for peer in self._peers.values())
 
     def _select(self) -> list[Work]:
         """The rows of the next draft step, after making room for them."""
@@ -301,6 +302,7 @@ class DraftServer:
         """First choices of all requests before their second ones, and one chunk of one prefill."""
         by_rank: list[list[Work]] = []
         prefill: Work | None = None
+        chunk = self._timings.prefill_chunk(self._limits.prefill_tokens)
         for request in self._requests.values():
             if request.is_evicted:
                 continue
@@ -309,11 +311,14 @@ class DraftServer:
                 if self._is_at_the_end(request, leaf):
                     continue
                 if num_pending > MAX_DECODE_TOKENS:
-                    prefill = prefill or Work(request, leaf, min(num_pending, self._limits.prefill_tokens))
+                    prefill = prefill or Work(request, leaf, min(num_pending, chunk))
                     continue
                 while len(by_rank) <= rank:
                     by_rank.append([])
                 by_rank[rank].append(Work(request, leaf, num_pending))
+        if by_rank and len(by_rank[0]) > self._limits.num_rows:
+            # Not all requests fit: the one with the least drafted so far comes first, so that all get their turn.
+            by_rank[0].sort(key=lambda one: one.request.depth(one.leaf))
         return self._limits.cut(list(itertools.chain.from_iterable(by_rank)), prefill)
 
     def _feed(self, work: list[Work]) -> None:
@@ -325,13 +330,17 @@ class DraftServer:
             copies += one.request.reserve(one.leaf, len(tokens))
             rows.append(Row(tokens, position, self.kv.block_ids(one.request.sequence(one.leaf))))
         candidates = self._model.forward(rows, copies, self._planner.num_candidates)
-        self._timings.observe(len(rows), self._clock() - started_s)
+        duration_s = self._clock() - started_s
+        num_prefill_tokens = sum(one.num_tokens for one in work if one.num_tokens > MAX_DECODE_TOKENS)
+        if num_prefill_tokens:
+            self._timings.observe_prefill(num_prefill_tokens, duration_s)
+        else:
+            self._timings.observe(len(rows), duration_s)
         self.counters.num_steps += 1
         self.counters.num_rows += len(rows)
         touched: dict[int, DraftRequest] = {}
+        self.counters.num_prefill_tokens += num_prefill_tokens
         for one, predicted in zip(work, candidates, strict=True):
-            if one.num_tokens > MAX_DECODE_TOKENS:
-                self.counters.num_prefill_tokens += one.num_tokens
             if one.request.num_pending(one.leaf) == 0:
                 one.request.fed(one.leaf, predicted)
                 touched[id(one.request)] = one.request

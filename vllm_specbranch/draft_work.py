@@ -8,6 +8,9 @@ from vllm_specbranch.draft_request import DraftRequest
 # A leaf that lacks at most this many tokens of KV is a decode row; one that lacks more is prefilled, one chunk a step.
 MAX_DECODE_TOKENS = 16
 PREFILL_CHUNK_TOKENS = 256
+# How long one prefill chunk may hold up the decode rows, and its size before anything was measured.
+PREFILL_STEP_S = 0.02
+FIRST_PREFILL_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +44,11 @@ class Limits:
 
 @dataclass(slots=True)
 class StepTimings:
-    """How long draft steps take, as running means: over all, and by number of rows."""
+    """How long draft steps take, as running means: over all, by number of rows, and per token of a prefill chunk."""
 
     step_s: float = 0.0
     step_s_by_rows: dict[int, float] = field(default_factory=dict)
+    prefill_token_s: float = 0.0
 
     def observe(self, num_rows: int, duration_s: float) -> None:
         """Take in one step."""
@@ -52,6 +56,17 @@ class StepTimings:
         mean = duration_s if known is None else known + MEAN_WEIGHT * (duration_s - known)
         self.step_s_by_rows[num_rows] = mean
         self.step_s = duration_s if not self.step_s else self.step_s + MEAN_WEIGHT * (duration_s - self.step_s)
+
+    def observe_prefill(self, num_tokens: int, duration_s: float) -> None:
+        """Take in one step that held a prefill chunk; decode rows beside it make the estimate careful."""
+        token_s = duration_s / num_tokens
+        self.prefill_token_s += (MEAN_WEIGHT if self.prefill_token_s else 1.0) * (token_s - self.prefill_token_s)
+
+    def prefill_chunk(self, most: int) -> int:
+        """Tokens of the next prefill chunk, so that it delays other requests by about `PREFILL_STEP_S` at most."""
+        if not self.prefill_token_s:
+            return min(most, FIRST_PREFILL_TOKENS)
+        return max(MAX_DECODE_TOKENS + 1, min(most, int(PREFILL_STEP_S / self.prefill_token_s)))
 
     def estimate_s(self, num_rows: int) -> float:
         """Seconds that a step of `num_rows` takes; the mean over all steps where none was measured."""

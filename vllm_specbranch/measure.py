@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from vllm_specbranch.config import draft_server_environment as child_environment
+from vllm_specbranch.config import child_environment
 from vllm_specbranch.errors import SpecBranchError
 from vllm_specbranch.measure_messages import (
     Answer,

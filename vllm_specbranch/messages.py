@@ -60,11 +60,14 @@ class Commit(_Wire, frozen=True):
         request_id: the engine's id of the request.
         position: absolute index of `tokens[0]` in the sequence.
         tokens: the accepted draft tokens followed by the token that the target sampled.
+        num_draft_tokens: how many draft tokens the round verified; fewer than were sent when the scheduler cut them or a
+            reply came too late.
     """
 
     request_id: Identifier
     position: Position
     tokens: SomeTokens
+    num_draft_tokens: Count
 
 
 class Draft(_Wire, frozen=True):
@@ -155,6 +158,18 @@ class Ready(_Wire, frozen=True):
     block_size: Size
 
 
+class Refused(_Wire, frozen=True):
+    """Server to engine: the other answer to `Hello`: this server cannot draft for this engine, now or later.
+
+    Args:
+        session: the session of the `Hello` answered.
+        reason: why.
+    """
+
+    session: Identifier
+    reason: str
+
+
 class DraftBatch(_Wire, frozen=True):
     """Server to engine: the reply to a `CommitBatch`.
 
@@ -196,7 +211,7 @@ class Failure(_Wire, frozen=True):
 
 
 EngineMessage = Hello | StepBegin | CommitBatch | StatusQuery | Shutdown
-ServerMessage = Ready | DraftBatch | Status | Failure
+ServerMessage = Ready | Refused | DraftBatch | Status | Failure
 Message = EngineMessage | ServerMessage
 _M = TypeVar("_M")
 

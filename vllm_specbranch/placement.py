@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import psutil
 
-from vllm_specbranch.config import SpecBranchConfig, draft_server_environment, target_core_settings
+from vllm_specbranch.config import SpecBranchConfig, child_environment, target_core_settings
 from vllm_specbranch.draft_model import DraftModelSettings
 
 logger = logging.getLogger("vllm.specbranch.placement")
@@ -31,6 +32,12 @@ LONGEST_BACK_OFF_S = 30.0
 # A server that lived this long is healthy: its next death starts a new series.
 HEALTHY_AFTER_S = 60.0
 STOP_TIMEOUT_S = 5.0
+KILL_TIMEOUT_S = 0.2
+# Exit status of a server whose settings cannot work (EX_CONFIG of sysexits.h): another start would end the same way.
+EXIT_CONFIG = 78
+# A socket's path has to fit into 107 bytes.
+LONGEST_ROOT = 60
+_DIRECTORY_PREFIX = "specbranch-"
 
 # What vLLM sets for the target's threads, and what would pin the child onto the target's cores.
 _TARGET_ONLY_VARIABLES = (
@@ -86,8 +93,16 @@ def parse_target_cores(setting: str | None) -> set[int]:
     return cores
 
 
-def choose_cores(wanted: tuple[int, ...] | None, available: set[int], target: set[int]) -> tuple[int, ...] | None:
+def choose_cores(
+    wanted: tuple[int, ...] | None, available: set[int], target: set[int], siblings: set[int]
+) -> tuple[int, ...] | None:
     """The draft server's cores: those asked for, else all that the target leaves free.
+
+    Args:
+        wanted: the user's choice.
+        available: cores that this engine may use.
+        target: cores that the target is bound to; empty if it is not bound.
+        siblings: hardware threads that share a physical core with one of the target's; taken only when nothing else is free.
 
     Returns:
         The cores, or None when the target is not bound or leaves nothing (then the draft server is not bound either).
@@ -95,15 +110,42 @@ def choose_cores(wanted: tuple[int, ...] | None, available: set[int], target: se
     if wanted is not None:
         return wanted
     free = available - target
+    free = free - siblings or free
     return tuple(sorted(free)) if target and free else None
 
 
+def sibling_threads(cores: set[int]) -> set[int]:
+    """The hardware threads that share a physical core with any of `cores`, as far as the kernel says."""
+    siblings: set[int] = set()
+    for core in cores:
+        with contextlib.suppress(OSError):
+            text = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list").read_text()
+            siblings |= parse_target_cores(text)
+    return siblings - cores
+
+
 def available_cores() -> set[int]:
-    """Cores that this process or its parent may use: OpenMP may already have bound this process to the target's."""
+    """Cores that this engine may use.
+
+    Where vLLM bound this process to the target's cores, those of its parent, the EngineCore process; otherwise its own.
+    """
     cores = set(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError):
-        cores |= os.sched_getaffinity(os.getppid())
+    if target_core_settings() is not None:
+        with contextlib.suppress(OSError):
+            cores |= os.sched_getaffinity(os.getppid())
     return cores
+
+
+def _make_directory() -> Path:
+    """A new private directory, named after this process; those of processes that are gone are removed on the way."""
+    root = Path(tempfile.gettempdir())
+    if len(str(root)) > LONGEST_ROOT:
+        root = Path("/tmp")
+    for old in root.glob(f"{_DIRECTORY_PREFIX}*"):
+        owner = old.name.removeprefix(_DIRECTORY_PREFIX).partition("-")[0]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)) and old.stat().st_uid == os.getuid():
+            shutil.rmtree(old, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_DIRECTORY_PREFIX}{os.getpid()}-", dir=root))
 
 
 class ServerProcess:
@@ -127,12 +169,13 @@ class ServerProcess:
         self._model = model
         self._on_cpu = on_cpu
         self._clock = clock
-        self._directory = Path(tempfile.mkdtemp(prefix="specbranch-"))
+        self._directory = _make_directory()
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = 0.0
         self._back_off_s = FIRST_BACK_OFF_S
         self._start_after_s = 0.0
         self._is_reported = True
+        self.is_hopeless = False
         self.num_starts = 0
 
     @property
@@ -154,17 +197,29 @@ class ServerProcess:
             return True
         if not self._is_reported:
             self._is_reported = True
-            if self._clock() - self._started_s > HEALTHY_AFTER_S:
-                self._back_off_s = FIRST_BACK_OFF_S
-            self._start_after_s = self._clock() + self._back_off_s
-            logger.warning(
-                "The draft server (pid %d) ended with status %d. Requests go on without drafts; next start in %.1f s.",
-                self._process.pid,
-                code,
-                self._back_off_s,
-            )
-            self._back_off_s = min(2 * self._back_off_s, LONGEST_BACK_OFF_S)
+            self._report_death(self._process.pid, code)
         return False
+
+    def _report_death(self, pid: int, code: int) -> None:
+        if code == EXIT_CONFIG:
+            self.is_hopeless = True
+            logger.error(
+                "The draft server cannot work with these settings (its own line says why); no drafts from now on."
+            )
+            return
+        if self._clock() - self._started_s > HEALTHY_AFTER_S:
+            self._back_off_s = FIRST_BACK_OFF_S
+        logger.warning(
+            "The draft server (pid %d) ended with status %d. Requests go on without drafts; next start in %.1f s.",
+            pid,
+            code,
+            self._back_off_s,
+        )
+        self._postpone()
+
+    def _postpone(self) -> None:
+        self._start_after_s = self._clock() + self._back_off_s
+        self._back_off_s = min(2 * self._back_off_s, LONGEST_BACK_OFF_S)
 
     def ensure_running(self) -> bool:
         """Start the child if it does not run and its back-off is over.
@@ -172,9 +227,14 @@ class ServerProcess:
         Returns:
             Whether a new child was started.
         """
-        if self.is_running() or self._clock() < self._start_after_s:
+        if self.is_running() or self.is_hopeless or self._clock() < self._start_after_s:
             return False
-        self._start()
+        try:
+            self._start()
+        except OSError as error:
+            logger.warning("The draft server cannot be started (%s); next try in %.1f s.", error, self._back_off_s)
+            self._postpone()
+            return False
         return True
 
     def _start(self) -> None:
@@ -185,7 +245,7 @@ class ServerProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "vllm_specbranch.draft_main"],
             stdin=subprocess.PIPE,
-            env=draft_server_environment(self._overrides(cores), _TARGET_ONLY_VARIABLES),
+            env=child_environment(self._overrides(cores), _TARGET_ONLY_VARIABLES),
         )
         self._started_s = self._clock()
         self._is_reported = False
@@ -198,9 +258,8 @@ class ServerProcess:
     def _cores(self) -> tuple[int, ...] | None:
         if not self._on_cpu:
             return self._config.draft_cpu_cores
-        cores = choose_cores(
-            self._config.draft_cpu_cores, available_cores(), parse_target_cores(target_core_settings())
-        )
+        target = parse_target_cores(target_core_settings())
+        cores = choose_cores(self._config.draft_cpu_cores, available_cores(), target, sibling_threads(target))
         if cores is None and self.num_starts == 1:
             logger.warning(
                 "The draft server shares CPU cores with the target, so they will wait for each other. Give each its own: "
@@ -220,10 +279,13 @@ class ServerProcess:
         """End a child that no longer answers; `ensure_running` starts the next one."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
-            self._process.wait(STOP_TIMEOUT_S)
+            # A child stuck in the kernel dies later; nobody waits for it on the hot path.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(KILL_TIMEOUT_S)
 
     def stop(self) -> None:
         """End the child and remove its directory. Safe to call again."""
+        self._is_reported = True
         self._close_lifeline()
         if self._process is not None:
             try:

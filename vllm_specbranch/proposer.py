@@ -10,6 +10,7 @@ the target's worker.
     take_draft_token_ids -> collect   the reply comes in, within the reply timeout
 """
 
+import contextlib
 import functools
 import logging
 import time
@@ -43,6 +44,10 @@ MIN_AUTO_REPLY_TIMEOUT_MS = 10.0
 WAIT_SHARE = 0.5
 ROUND_WEIGHT = 0.1
 STATUS_TIMEOUT_S = 2.0
+# Rows of one draft step: enough for a few branches of few requests, or for one branch of many.
+MIN_ROWS = 64
+MAX_ROWS = 256
+MAX_STEP_TOKENS = 512
 # Five bytes a token at most, so well below the limit of one message.
 MAX_TOKENS_PER_MESSAGE = 500_000
 
@@ -97,22 +102,29 @@ class Proposer:
         assert isinstance(speculative, SpecBranchSpeculativeConfig)
         self._config = speculative.specbranch
         self._max_model_len: int = vllm_config.model_config.max_model_len
+        self._vocab_size: int = vllm_config.model_config.get_vocab_size()
         self.counters = EngineCounters()
         self.scorer = Scorer(self.counters)
         self._runner: _Runner | None = None
         self._link: DraftLink | None = None
+        self._expected: dict[str, int] = {}
+        self._has_given_up = False
         if get_tensor_model_parallel_rank() == 0:
-            self._link = self._open_link(speculative, vllm_config.model_config.get_vocab_size())
+            max_num_seqs = vllm_config.scheduler_config.max_num_seqs
+            try:
+                self._link = self._open_link(speculative, self._vocab_size, max_num_seqs)
+            except Exception:
+                logger.exception("specbranch cannot start its draft server; this engine goes on without drafts")
+                self.give_up()
         self._generation = 0
         self._known: set[str] = set()
         self._undraftable: set[str] = set()
         self._round = 0
-        self._expected: dict[str, int] = {}
         self._may_wait = False
         self._round_s = 0.0
         self._last_propose_s: float | None = None
 
-    def _open_link(self, speculative: SpecBranchSpeculativeConfig, vocab_size: int) -> DraftLink:
+    def _open_link(self, speculative: SpecBranchSpeculativeConfig, vocab_size: int, max_num_seqs: int) -> DraftLink:
         draft = speculative.draft
         settings = DraftModelSettings(
             model=draft.model,
@@ -125,12 +137,18 @@ class Proposer:
             enforce_eager=draft.enforce_eager,
             kv_cache_bytes=self._config.draft_kv_cache_bytes,
             gpu_memory_utilization=self._config.draft_gpu_memory_utilization,
+            max_num_rows=max(MIN_ROWS, min(MAX_ROWS, max_num_seqs)),
+            max_num_tokens=MAX_STEP_TOKENS,
             seed=draft.seed,
         )
         process = ServerProcess(self._config, settings, on_cpu=current_platform.is_cpu())
         link = DraftLink(process, vocab_size=vocab_size, max_model_len=self._max_model_len, counters=self.counters)
         # The server takes as long to start as the target does: start both at once.
-        link.poll()
+        try:
+            link.poll()
+        except BaseException:
+            link.close()
+            raise
         return link
 
     # --- what vLLM calls --------------------------------------------------------------------------------------------------
@@ -142,6 +160,7 @@ class Proposer:
         """Take the model runner, whose batch order `propose` needs."""
         self._runner = runner
 
+    @_survives(lambda timeout_s: None)
     def wait_until_up(self, timeout_s: float) -> None:
         """Wait for the draft server while the engine starts, so that the first request is drafted for."""
         if self._link is not None and not self._link.wait_until_up(timeout_s):
@@ -204,7 +223,8 @@ class Proposer:
             if not self._link.is_up or num_tokens >= self._link.draft_max_model_len:
                 continue
             if request_id in self._known:
-                commits.append(messages.Commit(request_id, num_tokens - len(tokens), list(tokens)))
+                num_draft_tokens = self.scorer.num_scheduled(request_id)
+                commits.append(messages.Commit(request_id, num_tokens - len(tokens), list(tokens), num_draft_tokens))
                 self._expected[request_id] = num_tokens
             elif request_id not in self._undraftable:
                 opens.append(messages.Open(request_id, token_ids_cpu[row, :num_tokens].tolist()))
@@ -231,7 +251,9 @@ class Proposer:
         self._known.difference_update(reply.unknown)
         drafts = DraftTokenIds([], [])
         for draft in reply.drafts:
-            if draft.tokens and expected.get(draft.request_id) == draft.position:
+            if not draft.tokens or max(draft.tokens) >= self._vocab_size:
+                continue
+            if expected.get(draft.request_id) == draft.position:
                 drafts.req_ids.append(draft.request_id)
                 drafts.draft_token_ids.append(draft.tokens[: self._config.num_speculative_tokens])
                 self.scorer.hand_over(draft.request_id, draft.tokens)
@@ -246,8 +268,10 @@ class Proposer:
         """End drafting for good; vLLM goes on as if there were no proposer."""
         link, self._link = self._link, None
         self._expected = {}
+        self._has_given_up = True
         if link is not None:
-            link.close()
+            with contextlib.suppress(Exception):
+                link.close()
 
     # --- details ----------------------------------------------------------------------------------------------------------
 
@@ -308,9 +332,9 @@ class Proposer:
 
     def status(self) -> dict[str, Any]:
         """Counters of both sides and the rates made from them; plain values only. Asks the draft server, so it takes a while."""
-        if self._link is None:
+        if self._link is None and not self._has_given_up:
             return {}
-        server = self._link.query_status(STATUS_TIMEOUT_S)
+        server = self._link.query_status(STATUS_TIMEOUT_S) if self._link else None
         engine = self.counters.as_dict()
         server_counters = dict(server.counters) if server else {}
         return {
@@ -323,7 +347,7 @@ class Proposer:
             "num_requests": server.num_requests if server else None,
             "num_blocks_held": server.num_blocks_held if server else None,
             "num_blocks": server.num_blocks if server else None,
-            "is_up": self._link.is_up,
-            "server_pid": self._link.server_pid,
+            "is_up": self._link is not None and self._link.is_up,
+            "server_pid": self._link.server_pid if self._link else None,
             "round_s": self._round_s,
         }

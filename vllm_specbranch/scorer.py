@@ -42,9 +42,13 @@ class Scorer:
             if self._handed.get(request_id, [])[: len(valid)] != valid:
                 self._counters.num_foreign_drafts += 1
 
+    def num_scheduled(self, request_id: str) -> int:
+        """How many draft tokens of a request this engine step verifies."""
+        return self._scheduled.get(request_id, 0)
+
     def observe(self, request_id: str, num_sampled: int) -> None:
         """Take in the outcome of one request: `num_sampled` committed tokens, of which the last is not a draft token."""
-        num_draft_tokens = self._scheduled.get(request_id, 0)
+        num_draft_tokens = self.num_scheduled(request_id)
         self._counters.observe_round(num_draft_tokens, min(num_draft_tokens, num_sampled - 1))
 
     def forget(self, request_id: str) -> None:

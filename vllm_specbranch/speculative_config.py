@@ -96,8 +96,8 @@ def _user_settings(engine_args: Any, target_model: str) -> dict[str, object]:
             name = "--" + flag.replace("_", "-")
             raise ConfigError(value, f"one of {name} and the key {key!r} of --speculative-config, not both", name)
         merged[key] = value
-    if set(merged) == {"method"}:
-        merged |= load_bare_word_settings(target_model)
+    if set(merged) == {"method"} or ("model" not in merged and not isinstance(given, Mapping)):
+        merged = load_bare_word_settings(target_model) | merged
     return merged
 
 

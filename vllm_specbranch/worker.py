@@ -73,9 +73,11 @@ class _SpecBranchWorker(_Base):
 
     def shutdown(self) -> None:
         """End the draft server with the worker."""
-        if self._proposer is not None:
-            self._proposer.shutdown()
-        super().shutdown()
+        try:
+            if self._proposer is not None:
+                self._proposer.shutdown()
+        finally:
+            super().shutdown()
 
 
 class SpecBranchGPUWorker(_SpecBranchWorker, Worker):

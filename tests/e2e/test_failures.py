@@ -21,6 +21,8 @@ def test_a_server_that_never_starts(
     assert not result["status"]["is_up"]
     assert result["status"]["engine"]["num_accepted_tokens"] == 0
     assert "did not start" in result["log"]
+    assert "draft_kv_cache_bytes=1 cannot be used" in result["log"], "the draft server says why"
+    assert result["status"]["engine"]["num_server_starts"] == 1, "settings that cannot work are not tried again"
 
 
 def test_a_silent_server_costs_little_and_drafting_resumes(

@@ -72,16 +72,19 @@ def test_chunked_prefill_prefix_hits_preemptions_and_a_killed_draft_server(
 
 
 def test_the_end_of_the_context_stops_drafts_for_that_request_only(
-    run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int
+    run_engine: RunEngine, prompts: list[list[int]]
 ) -> None:
-    """vLLM would stop drafting for the whole batch, and schedule zeros, when one request nears the drafter's context."""
-    context = 160
-    long, short = prompts[4][:130], [prompt[:40] for prompt in prompts[:3]]
-    jobs = [job([long + prompts[0][: context - 8 - len(long)], *short], num_new_tokens, 4)]
+    """vLLM would stop drafting for the whole batch, and schedule zeros, when one request nears the drafter's context.
+
+    With 64 draft tokens "near" is the whole life of the long request, and the short ones live no longer.
+    """
+    context, num_tokens = 200, 40
+    long = (prompts[4] + prompts[0] + prompts[5])[: context - num_tokens]
+    jobs = [job([long, *(prompt[:40] for prompt in prompts[:3])], num_tokens, 4)]
     plain = run_engine(jobs, max_model_len=context)
-    ours = run_engine(jobs, max_model_len=context, speculative={})
+    ours = run_engine(jobs, max_model_len=context, speculative={"num_speculative_tokens": 64})
     assert ours["jobs"][0]["answers"] == plain["jobs"][0]["answers"]
-    assert len(plain["jobs"][0]["answers"][0]) == 8, "the long request ends at the context"
+    assert len(plain["jobs"][0]["answers"][0]) == num_tokens, "the long request ends at the context"
     assert_drafting(ours["status"])
 
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.deepen import main
-from vllm_specbranch.deepen import cache_folder, cached, check, deepen
+from vllm_specbranch.config import cache_directory
+from vllm_specbranch.deepen import cached, check, deepen
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.shipped_pair import draft_path, target_path
 
@@ -131,4 +132,4 @@ def test_cached_model_is_made_once_and_checked(tmp_path: Path) -> None:
 
 def test_cache_is_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "vllm-specbranch"
+    assert cache_directory() == tmp_path / "vllm-specbranch"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from vllm_specbranch import messages
-from vllm_specbranch.draft_link import HUNG_S, SILENCE_S, DraftLink
+from vllm_specbranch.draft_link import HUNG_S, LONGEST_START_S, SILENCE_S, DraftLink
 from vllm_specbranch.metrics import EngineCounters
 from vllm_specbranch.transport import ClientChannel, ServerEndpoint, memory_pair
 
@@ -249,11 +249,24 @@ def test_a_server_that_does_not_read_opens_the_breaker() -> None:
     assert (bench.counters.num_send_failures, bench.counters.num_breaker_openings) == (1, 1)
 
 
+def test_a_server_that_never_finishes_its_start_is_replaced() -> None:
+    bench = Bench()
+    bench.link.poll()
+    bench.clock.now_s += LONGEST_START_S + 1
+    bench.link.poll()
+    assert bench.process.num_kills == 1
+    bench.bring_up()
+
+
 def test_a_refusal_is_final() -> None:
     bench = Bench()
     bench.link.poll()
-    bench.heard()
-    bench.say(messages.Failure("another vocabulary"))
+    (hello,) = bench.heard()
+    assert isinstance(hello, messages.Hello)
+    bench.say(messages.Failure("a message that was refused earlier"))
+    bench.link.poll()
+    assert not bench.process.is_stopped, "only the answer to this handshake counts"
+    bench.say(messages.Refused(hello.session, "another vocabulary"))
     bench.link.poll()
     assert bench.process.is_stopped
     bench.link.poll()

@@ -34,8 +34,9 @@ def visible_slots(arrays: RowArrays) -> Mask:
 
 def xformers_slots(rows: list[Row]) -> Mask:
     """The same from xformers. Unused table entries name a page of their own, because they blank the page they name."""
-    attn_bias = pytest.importorskip("xformers.ops.fmha.attn_bias")
-    torch = pytest.importorskip("torch")
+    import torch
+    from xformers.ops.fmha import attn_bias
+
     unused = NUM_BLOCKS
     lengths = [len(row.token_ids) for row in rows]
     ends = [row.position + length for row, length in zip(rows, lengths, strict=True)]

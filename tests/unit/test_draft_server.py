@@ -70,7 +70,7 @@ class Engine:
         commits = []
         for name, (position, tokens) in outcomes.items():
             self.sequences[name] = self.sequences[name][:position] + tokens
-            commits.append(messages.Commit(name, position, tokens))
+            commits.append(messages.Commit(name, position, tokens, len(self.drafts[name])))
         replies = self.server.handle(PEER, messages.CommitBatch(self.round, max_wait_ms, commits))
         for _ in range(most_steps):
             if replies:
@@ -182,7 +182,7 @@ def test_a_gap_makes_the_request_unknown_and_frees_it() -> None:
     engine = make_engine()
     engine.open("a", [1, 2, 3])
     engine.run(10)
-    replies = engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 5, [1])]))
+    replies = engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 5, [1], 0)]))
     assert replies == [(PEER, messages.DraftBatch(1, [], ["a"]))]
     assert engine.server.kv.num_held == 0
     engine.server.check_integrity()
@@ -202,23 +202,23 @@ def test_a_long_prompt_delays_other_drafts_by_one_chunk_at_most() -> None:
         assert counters.num_prefill_tokens - before <= 32
 
 
-def test_a_refused_message_changes_nothing() -> None:
+def test_a_refused_message_opens_and_commits_nothing_but_closes_what_has_ended() -> None:
     engine = make_engine()
     engine.open("a", [1, 2, 3])
     engine.run(10)
     held = engine.server.kv.num_held
     with pytest.raises(WireError, match="outside the vocabulary"):
-        engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [50])]))
+        engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [50], 0)]))
+    assert engine.server.kv.num_held == held
     with pytest.raises(WireError, match="outside the vocabulary"):
         engine.server.handle(PEER, messages.StepBegin([messages.Open("b", [999])], ["a"]))
-    assert engine.server.kv.num_held == held
-    engine.commit({"a": engine.follow("a", 0)})
+    assert engine.server.kv.num_held == 0, "the close counts, the bad open does not"
 
 
 def test_another_vocabulary_is_refused_at_the_handshake() -> None:
     engine = make_engine()
     (_, reply), *_ = engine.server.handle(b"other", messages.Hello("s", 51, 500))
-    assert isinstance(reply, messages.Failure)
+    assert isinstance(reply, messages.Refused)
     assert "51" in reply.reason
 
 
@@ -259,13 +259,26 @@ def test_a_request_too_large_for_the_pool_is_left_alone() -> None:
     assert engine.server.counters.num_evictions > 0
 
 
+def test_more_requests_than_rows_all_get_their_turn() -> None:
+    engine = make_engine(policy="pearl", limits=Limits(num_rows=4))
+    for number in range(12):
+        engine.open(f"r{number}", [number, 1, 2])
+    engine.run(200)
+    for _ in range(6):
+        engine.commit({name: engine.follow(name, len(engine.drafts[name])) for name in engine.sequences})
+        for _ in range(3 * 4):
+            engine.server.step()
+    lengths = [len(engine.sequences[name]) for name in engine.sequences]
+    assert min(lengths) >= 0.6 * max(lengths), lengths
+
+
 def test_serve_answers_until_told_to_stop_and_survives_a_refused_message() -> None:
     engine = make_engine()
     client, endpoint = memory_pair()
     client.send(messages.Hello("s", 50, 500))
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3])], []))
     client.send(messages.StepBegin([messages.Open("b", [999])], []))
-    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4])]))
+    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4], 0)]))
     client.send(messages.Shutdown())
     serve(engine.server, endpoint)
     replies = [client.recv(0.0) for _ in range(3)]

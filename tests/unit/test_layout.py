@@ -45,7 +45,7 @@ ROOMS = {
     "doctor": ANYTHING,
     "draft_check": room("config errors", "vllm huggingface_hub"),
     "draft_link": room("config errors messages metrics placement transport"),
-    "draft_main": room("draft_model draft_server draft_work kv_blocks placement planner transport"),
+    "draft_main": room("draft_model draft_server draft_work errors kv_blocks placement planner transport"),
     "draft_model": room("draft_runtime errors kv_blocks token_tree", "numpy torch vllm"),
     "draft_peers": room(),
     "draft_pressure": room("draft_request metrics"),

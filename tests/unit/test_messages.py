@@ -35,7 +35,7 @@ VERSION = bytes([messages.PROTOCOL_VERSION])
 TO_SERVER: list[Message] = [
     Hello("session", 151936, 4096),
     StepBegin([Open("a", [1, 2, 70000])], ["b"]),
-    CommitBatch(7, 2.5, [Commit("a", 12, [5, 6])]),
+    CommitBatch(7, 2.5, [Commit("a", 12, [5, 6], 3)]),
     StatusQuery(3),
     Shutdown(),
 ]
@@ -99,7 +99,7 @@ def test_layout_on_the_wire_is_fixed() -> None:
     """A change here needs a new PROTOCOL_VERSION."""
     assert messages.PROTOCOL_VERSION == 1
     assert encode(StatusQuery(3)) == b"\x01\x92\xabStatusQuery\x03"
-    assert plain(TO_SERVER[2]) == ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [5, 6]]]]
+    assert plain(TO_SERVER[2]) == ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [5, 6], 3]]]
     assert plain(TO_ENGINE[1]) == ["DraftBatch", 7, [["Draft", "a", 14, [8, 9], True]], ["b"]]
 
 
@@ -134,7 +134,7 @@ def test_wrong_direction_is_refused(message: Message, decode: Decode) -> None:
 
 
 def test_entries_are_not_messages() -> None:
-    for entry in (Open("a", [1]), Commit("a", 1, [1]), Draft("a", 1, [1], True)):
+    for entry in (Open("a", [1]), Commit("a", 1, [1], 3), Draft("a", 1, [1], True)):
         for decode in (decode_for_server, decode_for_engine):
             refused(decode, entry)
 
@@ -271,7 +271,7 @@ def test_id_length_limit_is_exact() -> None:
         (lambda name: Hello(name, 1, 1), decode_for_server),
         (lambda name: StepBegin([Open(name, [1])], []), decode_for_server),
         (lambda name: StepBegin([], [name]), decode_for_server),
-        (lambda name: CommitBatch(1, 2.5, [Commit(name, 1, [1])]), decode_for_server),
+        (lambda name: CommitBatch(1, 2.5, [Commit(name, 1, [1], 3)]), decode_for_server),
         (lambda name: Ready(name, 1, 1, 1), decode_for_engine),
         (lambda name: DraftBatch(1, [Draft(name, 1, [1], True)], []), decode_for_engine),
         (lambda name: DraftBatch(1, [], [name]), decode_for_engine),
@@ -286,7 +286,7 @@ def test_list_length_limit_is_exact() -> None:
     for make, decode in (
         (lambda n: StepBegin([Open("a", [1])] * n, []), decode_for_server),
         (lambda n: StepBegin([], ["a"] * n), decode_for_server),
-        (lambda n: CommitBatch(1, 2.5, [Commit("a", 1, [1])] * n), decode_for_server),
+        (lambda n: CommitBatch(1, 2.5, [Commit("a", 1, [1], 3)] * n), decode_for_server),
         (lambda n: DraftBatch(1, [Draft("a", 1, [1], True)] * n, []), decode_for_engine),
         (lambda n: DraftBatch(1, [], ["a"] * n), decode_for_engine),
     ):

@@ -13,10 +13,25 @@ import pytest
 from vllm_specbranch import placement
 from vllm_specbranch.config import OnMiss, SpecBranchConfig
 from vllm_specbranch.draft_model import DraftModelSettings
-from vllm_specbranch.placement import ServerProcess, ServerSpec, choose_cores, parse_target_cores
+from vllm_specbranch.placement import ServerProcess, ServerSpec, choose_cores, parse_target_cores, sibling_threads
 
 CONFIG = SpecBranchConfig.from_user({"model": "draft", "on_miss": "wait:3", "draft_cpu_cores": [0]})
 MODEL = DraftModelSettings(model="draft", max_model_len=64)
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def wait_for(condition: object, timeout_s: float = 10.0) -> None:
+    assert callable(condition)
+    until = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize(
@@ -36,10 +51,70 @@ def test_target_cores_are_read_from_any_openmp_setting(setting: str | None, expe
 
 
 def test_the_draft_server_takes_what_the_target_leaves() -> None:
-    assert choose_cores(None, {0, 1, 2}, {0}) == (1, 2)
-    assert choose_cores((3,), {0, 1}, {0}) == (3,)
-    assert choose_cores(None, {0, 1}, {0, 1}) is None
-    assert choose_cores(None, {0, 1}, set()) is None
+    assert choose_cores(None, {0, 1, 2}, {0}, set()) == (1, 2)
+    assert choose_cores((3,), {0, 1}, {0}, set()) == (3,)
+    assert choose_cores(None, {0, 1}, {0, 1}, set()) is None
+    assert choose_cores(None, {0, 1}, set(), set()) is None
+
+
+def test_hardware_threads_of_the_targets_cores_come_last() -> None:
+    assert choose_cores(None, {0, 1, 2, 3}, {0}, {2}) == (1, 3)
+    assert choose_cores(None, {0, 2}, {0}, {2}) == (2,)
+    assert sibling_threads({10**6}) == set(), "unknown to the kernel"
+
+
+def test_settings_that_cannot_work_are_not_tried_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real_popen = subprocess.Popen
+    command = [sys.executable, "-S", "-c", f"import sys; sys.exit({placement.EXIT_CONFIG})"]
+    monkeypatch.setattr(placement.subprocess, "Popen", lambda _, **keywords: real_popen(command, **keywords))
+    clock = Clock()
+    process = ServerProcess(CONFIG, MODEL, on_cpu=True, clock=clock)
+    try:
+        assert process.ensure_running()
+        wait_for(lambda: not process.is_running())
+        clock.now_s += 1000.0
+        assert not process.ensure_running()
+        assert process.is_hopeless
+        assert sum("cannot work with these settings" in record.message for record in caplog.records) == 1
+    finally:
+        process.stop()
+
+
+def test_a_start_that_the_system_refuses_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_popen = subprocess.Popen
+
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(placement.subprocess, "Popen", refuse)
+    clock = Clock()
+    process = ServerProcess(CONFIG, MODEL, on_cpu=True, clock=clock)
+    try:
+        assert not process.ensure_running()
+        assert not process.ensure_running()
+        monkeypatch.setattr(
+            placement.subprocess, "Popen", lambda _, **keywords: real_popen(["sleep", "60"], **keywords)
+        )
+        clock.now_s += placement.FIRST_BACK_OFF_S
+        assert process.ensure_running()
+        process.kill()
+    finally:
+        process.stop()
+
+
+def test_directories_of_engines_that_are_gone_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(placement.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(placement, "LONGEST_ROOT", 1000)
+    gone, other = tmp_path / "specbranch-4194304-x", tmp_path / f"specbranch-{os.getppid()}-y"
+    gone.mkdir()
+    other.mkdir()
+    process = ServerProcess(CONFIG, MODEL, on_cpu=True)
+    assert not gone.exists()
+    assert other.exists(), "its owner lives"
+    process.stop()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name]
 
 
 def test_the_spec_survives_its_way_to_the_child() -> None:
@@ -63,21 +138,6 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
     monkeypatch.setattr(placement.subprocess, "Popen", popen)
     return log
-
-
-class Clock:
-    now_s = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
-def wait_for(condition: object, timeout_s: float = 10.0) -> None:
-    assert callable(condition)
-    until = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_a_dead_child_is_started_again_after_a_growing_back_off(

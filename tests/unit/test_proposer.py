@@ -99,8 +99,12 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     monkeypatch.setattr(Proposer, "_open_link", lambda *_: line)
     speculative = SpecBranchSpeculativeConfig.__new__(SpecBranchSpeculativeConfig)
     speculative.specbranch = SpecBranchConfig.from_user({"model": "draft", "num_speculative_tokens": 4})
-    model_config = SimpleNamespace(max_model_len=200, get_vocab_size=lambda: 50)
-    return Bench(Proposer(SimpleNamespace(speculative_config=speculative, model_config=model_config)), line)
+    vllm_config = SimpleNamespace(
+        speculative_config=speculative,
+        model_config=SimpleNamespace(max_model_len=200, get_vocab_size=lambda: 50),
+        scheduler_config=SimpleNamespace(max_num_seqs=16),
+    )
+    return Bench(Proposer(vllm_config), line)
 
 
 def reply(
@@ -117,7 +121,7 @@ def test_a_request_from_open_to_close(bench: Bench) -> None:
     assert bench.propose({"a": [4]}) == [[]], "drafts come later"
     (batch,) = bench.line.take()
     assert isinstance(batch, messages.CommitBatch)
-    assert batch.commits == [messages.Commit("a", 3, [4])]
+    assert batch.commits == [messages.Commit("a", 3, [4], 0)]
     bench.line.replies = [reply(batch.round, {"a": (4, [5, 6])})]
     drafts = bench.proposer.take_draft_token_ids()
     assert drafts is not None
@@ -126,17 +130,17 @@ def test_a_request_from_open_to_close(bench: Bench) -> None:
     bench.propose({"a": [5, 9]})
     (batch,) = bench.line.take()
     assert isinstance(batch, messages.CommitBatch)
-    assert batch.commits == [messages.Commit("a", 4, [5, 9])]
+    assert batch.commits == [messages.Commit("a", 4, [5, 9], 2)]
     counters = bench.proposer.counters
     assert (counters.num_draft_tokens, counters.num_accepted_tokens) == (2, 1)
     bench.begin(finished=["a"])
     assert bench.line.take() == [messages.StepBegin([], ["a"])]
 
 
-def test_drafts_for_another_position_or_request_are_dropped_and_long_ones_cut(bench: Bench) -> None:
+def test_drafts_for_another_position_request_or_vocabulary_are_dropped_and_long_ones_cut(bench: Bench) -> None:
     bench.begin({"a": [1], "b": [1, 2], "c": [1, 2, 3]})
     bench.propose({"a": [4], "b": [4], "c": [4]})
-    bench.line.replies = [reply(1, {"a": (3, [5]), "b": (3, [1, 2, 3, 4, 5, 6]), "c": (4, []), "d": (1, [5])})]
+    bench.line.replies = [reply(1, {"a": (3, [5]), "b": (3, [1, 2, 3, 4, 5, 6]), "c": (4, [50]), "d": (1, [5])})]
     drafts = bench.proposer.take_draft_token_ids()
     assert drafts is not None
     assert (drafts.req_ids, drafts.draft_token_ids) == (["b"], [[1, 2, 3, 4]])
@@ -184,7 +188,7 @@ def test_a_new_generation_opens_running_requests_from_their_history(bench: Bench
     bench.propose({"a": [7]})
     (batch,) = bench.line.take()
     assert isinstance(batch, messages.CommitBatch)
-    assert batch.commits == [messages.Commit("a", 6, [7])]
+    assert batch.commits == [messages.Commit("a", 6, [7], 0)]
 
 
 def test_a_request_that_the_server_does_not_know_is_opened_again(bench: Bench) -> None:
