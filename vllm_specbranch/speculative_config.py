@@ -7,6 +7,7 @@ frontend, and each API server process; the classes are unpickled in every proces
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import InstanceOf
@@ -62,6 +63,7 @@ def build_speculative_config(
     """
     settings = SpecBranchConfig.from_user(_user_settings(engine_args, target_model_config.model))
     _check_engine(engine_args, target_parallel_config)
+    settings = _place_on_device(settings, target_parallel_config)
     draft = check_draft_model(settings, target_model_config, str(engine_args.load_format))
     if draft.max_model_len < target_model_config.max_model_len:
         logger.info(
@@ -114,6 +116,26 @@ def _check_engine(engine_args: Any, parallel_config: Any) -> None:
     if engine_args.watermark_config is not None:
         allowed = f"none with method {METHOD!r}: it needs the V2 model runner"
         raise ConfigError(engine_args.watermark_config, allowed, "watermark_config")
+
+
+def _place_on_device(settings: SpecBranchConfig, parallel_config: Any) -> SpecBranchConfig:
+    """Give the draft server a GPU that the target does not use; on a CPU machine there is nothing to choose here."""
+    if current_platform.is_cpu():
+        if settings.draft_device is not None:
+            raise ConfigError(settings.draft_device, "unset on a CPU machine (see draft_cpu_cores)", "draft_device")
+        return settings
+    if settings.draft_device is not None:
+        return settings
+    num_used = parallel_config.world_size * parallel_config.data_parallel_size_local
+    num_visible = current_platform.device_count()
+    own = num_used + (parallel_config.data_parallel_rank_local or 0)
+    if own >= num_visible:
+        allowed = (
+            f"the index of a GPU for the draft server: the target takes {num_used} of {num_visible} visible ones (naming one of "
+            "those shares it; then lower gpu_memory_utilization and draft_gpu_memory_utilization)"
+        )
+        raise ConfigError(None, allowed, "draft_device")
+    return replace(settings, draft_device=int(current_platform.visible_device_id_to_physical_device_id(own)))
 
 
 def _worker_class() -> str:

@@ -7,12 +7,13 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from vllm_specbranch import patching
-from vllm_specbranch.config import CONFIG_ENV, CONFIG_FILE_NAME
+from vllm_specbranch import patching, speculative_config
+from vllm_specbranch.config import CONFIG_ENV, CONFIG_FILE_NAME, SpecBranchConfig
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.patches import arg_utils
 from vllm_specbranch.shipped_pair import draft_path, target_path
@@ -255,3 +256,39 @@ def test_our_own_classes_may_be_named() -> None:
     }
     vllm_config = engine_args(ours(), **given).create_engine_config()
     assert vllm_config.parallel_config.worker_cls == given["worker_cls"]
+
+
+class Gpus(SimpleNamespace):
+    """A machine with GPUs 4 to 7 visible, as far as placement asks."""
+
+    def is_cpu(self) -> bool:
+        return False
+
+    def device_count(self) -> int:
+        return 4
+
+    def visible_device_id_to_physical_device_id(self, device_id: int) -> int:
+        return 4 + device_id
+
+
+@pytest.mark.parametrize(("world_size", "wanted", "expected"), [(1, None, 5), (3, None, 7), (4, 4, 4), (1, 0, 0)])
+def test_the_draft_server_gets_a_gpu_that_the_target_does_not_use(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, wanted: int | None, expected: int
+) -> None:
+    monkeypatch.setattr(speculative_config, "current_platform", Gpus())
+    settings = SpecBranchConfig.from_user({"model": "draft", "draft_device": wanted})
+    parallel = SimpleNamespace(world_size=world_size, data_parallel_size_local=1, data_parallel_rank_local=None)
+    assert speculative_config._place_on_device(settings, parallel).draft_device == expected
+
+
+def test_without_a_free_gpu_the_user_must_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculative_config, "current_platform", Gpus())
+    parallel = SimpleNamespace(world_size=4, data_parallel_size_local=1, data_parallel_rank_local=None)
+    with pytest.raises(ConfigError, match="takes 4 of 4 visible"):
+        speculative_config._place_on_device(SpecBranchConfig.from_user({"model": "draft"}), parallel)
+
+
+def test_there_is_no_draft_gpu_on_a_cpu_machine() -> None:
+    settings = SpecBranchConfig.from_user({"model": "draft", "draft_device": 1})
+    with pytest.raises(ConfigError, match="draft_device=1"):
+        speculative_config._place_on_device(settings, SimpleNamespace())
