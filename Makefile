@@ -24,7 +24,7 @@ test: $(STAMP)  ## every test not marked long; stops between tests after 45 minu
 
 test-long: $(STAMP)  ## the tests marked long; keeps what they printed
 	@mkdir -p benchmarks/results
-	@$(PYTEST) -m long $(PYTEST_ARGS) | tee benchmarks/results/test-long.txt
+	@$(PYTEST) -m long -s $(PYTEST_ARGS) | tee benchmarks/results/test-long.txt
 
 check: $(STAMP)  ## the fast one: format, lint, types, unit tests less the longest two
 	@$(BIN)/ruff format --check .
