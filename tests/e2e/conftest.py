@@ -33,7 +33,7 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="session")
 def num_new_tokens() -> int:
     """New tokens per prompt in the comparisons with plain vLLM."""
-    return 96
+    return 64
 
 
 @pytest.fixture(scope="session")
