@@ -23,13 +23,28 @@ def main() -> None:
 
     llm = LLM(**spec["engine"], disable_log_stats=False)
     result: dict[str, Any] = {"jobs": [run_job(llm, job) for job in spec["jobs"]]}
-    result["status"] = llm.collective_rpc("specbranch_status")[0] if spec["engine"].get("speculative_config") else {}
+    result["status"] = settled_status(llm) if spec["engine"].get("speculative_config") else {}
     result["metrics"] = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     children = [child.pid for child in psutil.Process().children(recursive=True)]
     Path(sys.argv[1]).write_text(json.dumps(result))
     if spec.get("kill_engine"):
         kill_engine(children)
     del llm
+
+
+def settled_status(llm: Any) -> dict[str, Any]:
+    """The worker's report once vLLM has told the workers that the last request is finished.
+
+    It does so in the step after, which a multi-process engine makes by itself and an in-process one when it is asked to.
+    """
+    until = time.monotonic() + 5.0
+    while True:
+        status: dict[str, Any] = llm.collective_rpc("specbranch_status")[0]
+        if not status["num_requests"] or time.monotonic() > until:
+            return status
+        if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0":
+            llm.llm_engine.step()
+        time.sleep(0.1)
 
 
 def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
