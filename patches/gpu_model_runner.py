@@ -15,7 +15,9 @@ def _ask_scorer(original: Callable[..., Any]) -> Callable[..., Any]:
 
         if not isinstance(self.drafter, Proposer):
             return original(self, spec_decode_metadata)
-        return self.drafter.scorer.draft_probs(self.input_batch.req_ids, spec_decode_metadata)
+        return self.drafter.scorer.draft_probs(
+            self.input_batch.req_ids, spec_decode_metadata.num_draft_tokens, self.device
+        )
 
     return _get_spec_decode_draft_probs
 

@@ -3,21 +3,35 @@
 A mistake in the bookkeeping shows as a wrong token.
 """
 
+import math
 import random
 from collections.abc import Sequence
 
 from vllm_specbranch.draft_model import Row
 from vllm_specbranch.kv_blocks import BlockCopy
+from vllm_specbranch.messages import Sampling
 from vllm_specbranch.token_tree import Candidates
 
 
-def predict(context: Sequence[int], vocab_size: int, top_k: int, confidences: Sequence[float]) -> Candidates:
+def predict(
+    context: Sequence[int], vocab_size: int, top_k: int, confidences: Sequence[float], sampling: Sampling | None = None
+) -> Candidates:
     """The fake model's top candidates after a context; depends on every token of it and on their order."""
     rng = random.Random(hash((17, *context)))
+    if sampling is not None:
+        return distribution(rng, vocab_size, sampling)
     ids = tuple(rng.sample(range(vocab_size), top_k))
     top = rng.choice(confidences)
     rest = (1.0 - top) / max(1, top_k)
     return Candidates(ids, (top, *(min(rest, top) for _ in ids[1:])))
+
+
+def distribution(rng: random.Random, vocab_size: int, sampling: Sampling) -> Candidates:
+    """A random distribution at a temperature, truncated to its `top_m` best tokens and renormalised."""
+    weights = [math.exp(rng.gauss(0.0, 2.0) / sampling.temperature) for _ in range(vocab_size)]
+    ids = sorted(range(vocab_size), key=lambda token: -weights[token])[: sampling.top_m]
+    total = sum(weights[token] for token in ids)
+    return Candidates(tuple(ids), tuple(weights[token] / total for token in ids))
 
 
 class FakeDraftModel:
@@ -68,7 +82,7 @@ class FakeDraftModel:
             for position in range(row.position + len(row.token_ids))
         ]
         assert -1 not in context, "attention reads KV that was never written"
-        return predict(context, self.vocab_size, top_k, self.confidences)
+        return predict(context, self.vocab_size, top_k, self.confidences, row.sampling)
 
     def chain(self, context: Sequence[int], num_tokens: int, top_k: int = 1) -> list[int]:
         """The greedy continuation of a context, computed without KV."""

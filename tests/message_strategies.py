@@ -14,6 +14,7 @@ from vllm_specbranch.messages import (
     Open,
     Ready,
     Refused,
+    Sampling,
     ServerMessage,
     Shutdown,
     Status,
@@ -34,9 +35,12 @@ some_tokens = st.lists(int32s, min_size=1, max_size=8)
 durations_us = st.floats(0, 1e15)
 durations_ms = st.floats(0, 60_000)
 
-opens = st.builds(Open, identifiers, some_tokens)
+samplings = st.builds(Sampling, st.floats(1e-6, 1e6), st.integers(1, 1024), counts)
+opens = st.builds(Open, identifiers, some_tokens, st.none() | samplings)
 commits = st.builds(Commit, identifiers, int32s, some_tokens, counts)
-drafts = st.builds(Draft, identifiers, int32s, token_lists, st.booleans())
+drafts = st.builds(
+    Draft, identifiers, int32s, token_lists, st.booleans(), st.binary(max_size=40), st.binary(max_size=40)
+)
 
 
 def few(elements: st.SearchStrategy) -> st.SearchStrategy[list]:

@@ -18,7 +18,8 @@ CONFIG_FILE_NAME = "specbranch.json"
 CONFIG_ENV = "VLLM_SPECBRANCH_CONFIG"
 
 PolicyName = Literal["pearl", "specbranch"]
-StopRule = Literal["confidence", "none"]
+StopRule = Literal["confidence", "adaedl", "none"]
+SampleMethod = Literal["probabilistic", "greedy"]
 
 # DESIGN: "from measured rounds, at most 50 ms".
 MAX_AUTO_REPLY_TIMEOUT_MS = 50.0
@@ -48,10 +49,16 @@ class SpecBranchConfig:
         num_speculative_tokens: most draft tokens in a chunk (the papers' gamma), 1..64.
         policy: `pearl` (arXiv:2408.11850) or `specbranch` (arXiv:2506.01979).
         max_branches: most branches at a branch point (k_max of arXiv:2506.01979), 1..64.
-        stop_rule: what ends a chunk: `confidence` or `none`.
-        stop_threshold: top probability below which `confidence` ends the chunk (the paper's epsilon), 0..1. The default is low
-            because small drafts are unsure more often than wrong: on the shipped pair 0.1 accepts far more.
+        stop_rule: what ends a chunk: the draft's top probability (`confidence`), a bound on the acceptance probability from its
+            entropy (`adaedl`, arXiv:2410.18351), or its length alone (`none`).
+        stop_threshold: value of the rule below which the chunk ends (the paper's epsilon), 0..1. The default is low because small
+            drafts are unsure more often than wrong: on the shipped pair 0.1 accepts far more.
         on_miss: see `OnMiss`.
+        draft_sample_method: drafts of requests with temperature > 0: drawn from the draft's own distribution at that temperature
+            (`probabilistic`), or its most likely tokens (`greedy`). Both are lossless.
+        draft_top_m: to how many tokens that distribution is truncated, 1..1024.
+        deterministic: the same drafts at every run of the same batch: a fixed number of draft steps per round, no rule that looks
+            at load or time, and the reply is awaited. Slower; see section 10 of the design.
         draft_placement: where the draft server runs; `process` is a child process on this machine.
         draft_device: index of the CUDA device that the draft server sees; None leaves the choice to placement.
         draft_cpu_cores: CPU cores of the draft server; None means all cores that the target does not use.
@@ -70,6 +77,9 @@ class SpecBranchConfig:
     stop_rule: StopRule = "confidence"
     stop_threshold: float = 0.1
     on_miss: OnMiss = OnMiss("auto")
+    draft_sample_method: SampleMethod = "probabilistic"
+    draft_top_m: int = 64
+    deterministic: bool = False
     draft_placement: Literal["process"] = "process"
     draft_device: int | None = None
     draft_cpu_cores: tuple[int, ...] | None = None
@@ -252,9 +262,12 @@ _PARSERS: dict[str, Callable[[object, str], object]] = {
     "num_speculative_tokens": _integer(1, 64),
     "policy": _choice("pearl", "specbranch"),
     "max_branches": _integer(1, 64),
-    "stop_rule": _choice("confidence", "none"),
+    "stop_rule": _choice("confidence", "adaedl", "none"),
     "stop_threshold": _number(0.0, 1.0),
     "on_miss": _on_miss,
+    "draft_sample_method": _choice("probabilistic", "greedy"),
+    "draft_top_m": _integer(1, 1024),
+    "deterministic": _flag,
     "draft_placement": _choice("process"),
     "draft_device": _integer(0, None),
     "draft_cpu_cores": parse_cores,

@@ -27,6 +27,8 @@ SILENCE_S = 1.0
 HUNG_S = 10.0
 # Loading and compiling a draft model takes seconds to minutes; a download may be part of it.
 LONGEST_START_S = 900.0
+# How often the life of a server is checked while its reply is awaited.
+PATIENT_WAIT_MS = 100.0
 FIRST_PROBE_S = 0.25
 LONGEST_PROBE_S = 4.0
 
@@ -203,6 +205,20 @@ class DraftLink:
                 self._counters.num_late_replies += 1
             elif isinstance(message, messages.Failure):
                 logger.warning("The draft server could not take a message: %s", message.reason)
+
+    def receive_patiently(self, round_number: int) -> messages.DraftBatch | None:
+        """The reply to a commit batch, however long it takes; None once the server is declared dead (`HUNG_S`)."""
+        until_s = self._clock() + HUNG_S
+        while self.is_up and self._channel is not None and self._clock() < until_s:
+            message = self._channel.recv(PATIENT_WAIT_MS)
+            if isinstance(message, messages.DraftBatch) and message.round == round_number:
+                return message
+            if message is None and not self._process.is_running():
+                return None
+        if self.is_up:
+            self._counters.num_reply_timeouts += 1
+            self._fall_silent()
+        return None
 
     def _be_late(self) -> None:
         now_s = self._clock()

@@ -13,8 +13,10 @@ import sys
 import threading
 from pathlib import Path
 
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.draft_deterministic import DeterministicDraftServer
 from vllm_specbranch.draft_model import DraftModel
-from vllm_specbranch.draft_server import DraftServer, serve
+from vllm_specbranch.draft_server import DraftServer, Model, serve
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.kv_blocks import KVBlocks
@@ -71,11 +73,18 @@ def _serve(spec: ServerSpec) -> None:
         model = DraftModel.load(spec.model)
         kv = KVBlocks(model.num_blocks, model.block_size)
         limits = Limits(spec.model.max_num_rows, spec.model.max_num_tokens, spec.model.max_num_tokens // 2)
-        server = DraftServer(model, kv, Planner(spec.config), limits)
+        server = make_server(spec.config, model, kv, limits)
         logger.info("Draft server ready: %d KV blocks of %d tokens, cores %s", kv.num_blocks, kv.block_size, spec.cores)
         serve(server, endpoint)
     finally:
         endpoint.close()
+
+
+def make_server(config: SpecBranchConfig, model: Model, kv: KVBlocks, limits: Limits) -> DraftServer:
+    """The draft server that the settings ask for."""
+    if config.deterministic:
+        return DeterministicDraftServer(model, kv, Planner(config), limits, chunk_tokens=config.num_speculative_tokens)
+    return DraftServer(model, kv, Planner(config), limits)
 
 
 if __name__ == "__main__":

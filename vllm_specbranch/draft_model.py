@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_specbranch.kv_blocks import BlockCopy
+from vllm_specbranch.messages import Sampling
 from vllm_specbranch.token_tree import Candidates
 
 if TYPE_CHECKING:
@@ -63,11 +64,13 @@ class Row:
         token_ids: the query tokens, at least one.
         position: absolute position of the first query token = number of tokens whose KV is valid.
         block_ids: the block table, covering `[0, position + len(token_ids))`.
+        sampling: the temperature and truncation of the distribution wanted; None for plain probabilities.
     """
 
     token_ids: Sequence[int]
     position: int
     block_ids: Sequence[int]
+    sampling: Sampling | None = None
 
 
 class RowArrays:
@@ -173,11 +176,12 @@ class DraftModel:
         Args:
             rows: at most `max_num_rows` rows and `max_num_tokens` query tokens together.
             copies: KV blocks to copy first (copy-on-write of forks), in the order in which they were asked for.
-            top_k: how many next tokens to return per row.
+            top_k: how many next tokens to return per row without `sampling`.
 
         Returns:
-            Per row the `top_k` most likely tokens after its last query token with their probability (float32 softmax
-            over the whole vocabulary), best first; the first is the lowest id among the best.
+            Per row the most likely tokens after its last query token, best first. Without `sampling` the `top_k` best with
+            their probability (float32 softmax over the whole vocabulary); the first is the lowest id among the best. With it
+            the `top_m` best with the float32 softmax, at the temperature, over them alone.
 
         Mutates: the KV cache, in the slots of the query tokens and the destinations of `copies`.
         """

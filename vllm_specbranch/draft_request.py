@@ -8,10 +8,13 @@ does. Pure Python, runs in the draft server process.
                     root           ^ branch point  b2             leaf b2 owns sequence 9 (KV of t0 .. d2, blocks shared)
 """
 
+from array import array
 from collections.abc import Iterator, Sequence
 
+from vllm_specbranch.draft_sampling import RandomNumber, draw, uniform
 from vllm_specbranch.errors import TreeError
 from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
+from vllm_specbranch.messages import Sampling
 from vllm_specbranch.token_tree import Candidates, CommitResult, TokenTree
 
 
@@ -22,10 +25,21 @@ class DraftRequest:
         tokens: the committed tokens so far (the prompt, or the whole history after a restart); at least one.
         kv: the block pool, shared by all requests of the server.
         sequence_ids: gives a fresh sequence id at each `next`; shared likewise.
+        sampling: how its drafts are drawn; None for greedy ones.
+        random_number: gives the number of a random stream for (key, position).
     """
 
-    def __init__(self, tokens: Sequence[int], kv: KVBlocks, sequence_ids: Iterator[int]) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[int],
+        kv: KVBlocks,
+        sequence_ids: Iterator[int],
+        sampling: Sampling | None = None,
+        random_number: RandomNumber = uniform,
+    ) -> None:
         self.tree = TokenTree(tokens)
+        self.sampling = sampling
+        self._random_number = random_number
         self._kv = kv
         self._sequence_ids = sequence_ids
         self._owned: dict[int, int] = {}
@@ -90,9 +104,33 @@ class DraftRequest:
         """
         return self._kv.append(self._owned[leaf], num_tokens)
 
-    def fed(self, leaf: int, candidates: Candidates) -> None:
-        """Note what the draft model predicts after a leaf, all of whose tokens have KV now."""
-        self.tree.node(leaf).candidates = candidates
+    def fed(self, leaf: int, candidates: Candidates, score: float) -> None:
+        """Note what the draft model predicts after a leaf, all of whose tokens have KV now, and choose the token to go on with.
+
+        Args:
+            candidates: for a sampled request, the distribution to draw from.
+            score: for the stop rule.
+        """
+        node = self.tree.node(leaf)
+        node.candidates, node.score = candidates, score
+        index = 0
+        if self.sampling is not None:
+            # The same number at every draw for this position: a token once drawn at a prefix is never drawn anew.
+            index = draw(candidates.probs, self._random_number(self.sampling.key, node.position + 1))
+        node.choice = candidates.token_ids[index]
+
+    def distributions(self, end: int) -> tuple[bytes, bytes]:
+        """What the tokens of the chunk that ends at `end` were drawn from, as `Draft` carries it; empty for greedy drafts."""
+        if self.sampling is None:
+            return b"", b""
+        ids, probs = array("i"), array("f")
+        node = self.tree.node(self.tree.root)
+        for node_id in self.tree.path(end):
+            assert node.candidates is not None and node.choice == self.tree.node(node_id).token
+            ids.extend(node.candidates.token_ids)
+            probs.extend(node.candidates.probs)
+            node = self.tree.node(node_id)
+        return ids.tobytes(), probs.tobytes()
 
     def extend(self, node_id: int, token: int) -> int:
         """Add a drafted token below a node that has been fed.

@@ -31,6 +31,7 @@ from vllm.v1.worker.utils import customize_attention_spec, select_common_block_s
 from vllm_specbranch.draft_model import DraftModelSettings, Row, RowArrays
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.kv_blocks import BlockCopy
+from vllm_specbranch.messages import Sampling
 
 SUPPORTED = "a decoder-only text model whose layers all use full or sliding-window attention with one KV shape"
 CPU_KV_CACHE_BYTES = 256 << 20
@@ -106,7 +107,7 @@ class DraftRuntime:
                 hidden = self._model(batch.input_ids, batch.positions)
             if arrays.num_tokens != arrays.num_rows:
                 hidden = hidden[batch.last_tokens]
-            return top_candidates(self._model.compute_logits(hidden), top_k)
+            return top_candidates(self._model.compute_logits(hidden), top_k, [row.sampling for row in rows])
 
     def _attention_metadata(self, batch: "_Batch") -> dict[str, Any]:
         """What each attention layer gets; the same for all, as all have one KV shape."""
@@ -206,27 +207,54 @@ class _DeviceBuffers:
         return batch
 
 
-def top_candidates(logits: torch.Tensor, top_k: int) -> tuple[list[list[int]], list[list[float]]]:
-    """The best next tokens of each row.
+def top_candidates(
+    logits: torch.Tensor, top_k: int, sampling: Sequence[Sampling | None]
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The best next tokens of each row, and the distribution that a sampled row draws from.
 
     Args:
         logits: `[num_rows, vocab_size]`, any float type.
-        top_k: how many; at most the vocabulary.
+        top_k: how many for a row without sampling; at most the vocabulary.
+        sampling: per row.
 
     Returns:
-        ids and float32 softmax probabilities, `[num_rows][top_k]`, best first. Ties come as `torch.topk` gives
-        them, but the first is `torch.argmax`'s choice (the lowest id): a greedy draft is the model's greedy path.
+        ids and float32 probabilities per row, best first, `top_k` or the row's `top_m` of them; see `DraftModel.forward`. Ties
+        come as `torch.topk` gives them, but the first of a row without sampling is `torch.argmax`'s choice (the lowest id): a
+        greedy draft is the model's greedy path.
     """
     logits = logits.float()
-    top_k = min(top_k, logits.shape[-1])
-    ids = torch.topk(logits, top_k, dim=-1).indices
-    probs = logits.softmax(dim=-1).gather(1, ids)
-    id_rows, prob_rows = ids.tolist(), probs.tolist()
-    is_tied = [top_k == 1 or row[0] == row[1] for row in prob_rows]
+    vocab_size = logits.shape[-1]
+    sizes = [min(top_k if one is None else one.top_m, vocab_size) for one in sampling]
+    values, ids = torch.topk(logits, max(sizes), dim=-1)
+    probs = (values - logits.logsumexp(dim=-1, keepdim=True)).exp()
+    id_rows = ids.tolist()
+    sampled = [index for index, one in enumerate(sampling) if one is not None]
+    if sampled:
+        probs[sampled] = _truncated_softmax(values[sampled], [one for one in sampling if one is not None])
+    prob_rows = probs.tolist()
+    is_tied = [
+        one is None and (size == 1 or row[0] == row[1])
+        for one, size, row in zip(sampling, sizes, prob_rows, strict=True)
+    ]
+    id_rows = [row[:size] for row, size in zip(id_rows, sizes, strict=True)]
+    prob_rows = [row[:size] for row, size in zip(prob_rows, sizes, strict=True)]
     if any(is_tied):
-        for row, best in zip(id_rows, logits.argmax(dim=-1).tolist(), strict=True):
-            put_first(row, best)
+        for row, best, tied in zip(id_rows, logits.argmax(dim=-1).tolist(), is_tied, strict=True):
+            if tied:
+                put_first(row, best)
     return id_rows, prob_rows
+
+
+def _truncated_softmax(values: torch.Tensor, sampling: Sequence[Sampling]) -> torch.Tensor:
+    """Softmax of each row's first `top_m` of `values` `[num_rows, n]` at its temperature; 0 beyond."""
+    temperatures = torch.tensor([one.temperature for one in sampling], device=values.device)
+    scaled = values / temperatures.unsqueeze(1)
+    sizes = {one.top_m for one in sampling}
+    if min(sizes) < values.shape[1]:
+        counts = torch.tensor([one.top_m for one in sampling], device=values.device)
+        columns = torch.arange(values.shape[1], device=values.device)
+        scaled.masked_fill_(columns.unsqueeze(0) >= counts.unsqueeze(1), float("-inf"))
+    return scaled.softmax(dim=-1)
 
 
 def put_first(ids: list[int], best: int) -> None:

@@ -15,6 +15,7 @@ from vllm_specbranch.draft_model import Row
 from vllm_specbranch.draft_peers import Peer, PendingReply
 from vllm_specbranch.draft_pressure import relieve
 from vllm_specbranch.draft_request import DraftRequest
+from vllm_specbranch.draft_sampling import RandomNumber, uniform
 from vllm_specbranch.draft_work import MAX_DECODE_TOKENS, Limits, StepTimings, Work
 from vllm_specbranch.errors import SpecBranchError, WireError
 from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
@@ -51,6 +52,7 @@ class DraftServer:
         planner: the policy.
         limits: sizes of a draft step.
         clock: seconds, monotonic.
+        random_number: of a request's stream, for (key, position).
     """
 
     def __init__(
@@ -60,12 +62,14 @@ class DraftServer:
         planner: Planner,
         limits: Limits = Limits(),  # noqa: B008 - frozen
         clock: Callable[[], float] = time.perf_counter,
+        random_number: RandomNumber = uniform,
     ) -> None:
         self._model = model
         self.kv = kv
         self._planner = planner
         self._limits = limits
         self._clock = clock
+        self._random_number = random_number
         self._requests: dict[Key, DraftRequest] = {}
         self._peers: dict[bytes, Peer] = {}
         self._sequence_ids = itertools.count()
@@ -114,7 +118,15 @@ class DraftServer:
         for opened in message.opens:
             key = (peer, opened.request_id)
             self._close(key)
-            self._requests[key] = DraftRequest(opened.tokens, self.kv, self._sequence_ids)
+            self._requests[key] = DraftRequest(
+                opened.tokens, self.kv, self._sequence_ids, opened.sampling, self._random_number
+            )
+
+    def refuse(self, error: WireError) -> messages.Failure:
+        """Count and log a message that was not taken in; returns the answer to it."""
+        self.counters.num_refused_messages += 1
+        logger.warning("Refused a message: %s", error)
+        return messages.Failure(str(error))
 
     def _check_tokens(self, tokens: Sequence[int]) -> None:
         if tokens and max(tokens) >= self._model.vocab_size:
@@ -242,7 +254,8 @@ class DraftServer:
             tree = request.tree
             request.chunk_end = self._planner.chunk(tree).end
             tokens = [tree.node(one).token for one in tree.path(request.chunk_end)]
-            drafts.append(messages.Draft(request_id, tree.num_tokens, tokens, hit))
+            q_ids, q_probs = request.distributions(request.chunk_end)
+            drafts.append(messages.Draft(request_id, tree.num_tokens, tokens, hit, q_ids, q_probs))
             self._grow(request)
         return messages.DraftBatch(pending.round, drafts, pending.unknown)
 
@@ -328,7 +341,7 @@ class DraftServer:
         for one in work:
             position, tokens = one.request.pending(one.leaf, one.num_tokens)
             copies += one.request.reserve(one.leaf, len(tokens))
-            rows.append(Row(tokens, position, self.kv.block_ids(one.request.sequence(one.leaf))))
+            rows.append(Row(tokens, position, self.kv.block_ids(one.request.sequence(one.leaf)), one.request.sampling))
         candidates = self._model.forward(rows, copies, self._planner.num_candidates)
         duration_s = self._clock() - started_s
         num_prefill_tokens = sum(one.num_tokens for one in work if one.num_tokens > MAX_DECODE_TOKENS)
@@ -342,7 +355,7 @@ class DraftServer:
         self.counters.num_prefill_tokens += num_prefill_tokens
         for one, predicted in zip(work, candidates, strict=True):
             if one.request.num_pending(one.leaf) == 0:
-                one.request.fed(one.leaf, predicted)
+                one.request.fed(one.leaf, predicted, self._planner.score(predicted))
                 touched[id(one.request)] = one.request
         awaited = self._awaited()
         for request_id, request in touched.items():
@@ -361,27 +374,27 @@ class DraftServer:
         }
 
     def _extend_chunk(self, request: DraftRequest) -> None:
-        """Append the first choice to a chunk that is still open."""
+        """Append the draft's choice to a chunk that is still open."""
         chunk = self._planner.chunk(request.tree)
-        candidates = request.tree.node(chunk.end).candidates
-        if not chunk.is_complete and candidates is not None and not request.is_evicted:
-            request.extend(chunk.end, candidates.token_ids[0])
+        node = request.tree.node(chunk.end)
+        if not chunk.is_complete and node.candidates is not None and not request.is_evicted:
+            request.extend(chunk.end, node.choice)
             self.counters.num_drafted_tokens += 1
 
     def _grow(self, request: DraftRequest) -> None:
-        """Draft on below the branch point: first choices everywhere, further candidates at the branch point itself."""
+        """Draft on below the branch point: candidates at the branch point itself, the draft's choices below them."""
         if request.is_evicted:
             return
         tree, branch_point = request.tree, request.chunk_end
         for leaf, token in self._planner.extensions(tree, branch_point):
             request.extend(leaf, token)
             self.counters.num_drafted_tokens += 1
-        if self._is_pressed:
-            return
-        for token in self._planner.forks(tree, branch_point):
+        has_branch = bool(tree.node(branch_point).children)
+        for token in self._planner.forks(tree, branch_point, most=1 if self._is_pressed else None):
             request.extend(branch_point, token)
-            self.counters.num_forks += 1
+            self.counters.num_forks += has_branch
             self.counters.num_drafted_tokens += 1
+            has_branch = True
 
     def check_integrity(self) -> None:
         """Raise unless every request and the block pool are consistent; for tests and idle moments."""
@@ -406,9 +419,7 @@ def serve(server: DraftServer, endpoint: ServerEndpoint) -> None:
             try:
                 replies = server.handle(peer, message)
             except WireError as error:
-                server.counters.num_refused_messages += 1
-                logger.warning("Refused a message: %s", error)
-                replies = [(peer, messages.Failure(str(error)))]
+                replies = [(peer, server.refuse(error))]
             for to, reply in replies:
                 endpoint.send(to, reply)
             received = endpoint.recv(0.0)

@@ -21,6 +21,8 @@ PROTOCOL_VERSION = 1
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # 3.3 million tokens at msgpack's 5 bytes each; includes the version byte.
 MAX_ENTRIES = 4096  # Requests named in one list of a message; four times vLLM's largest default of max_num_seqs.
 MAX_ID_LENGTH = 256  # Characters of a request id or session name.
+MAX_CHUNK = 64  # Draft tokens of one request, as in the settings.
+MAX_TOP_M = 1024  # Entries of one draft distribution, as in the settings.
 
 _MAX_INT32 = 2**31 - 1  # Token ids and positions become int32 tensors.
 _MAX_INT64 = 2**63 - 1
@@ -34,11 +36,28 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=_MAX_INT32)]
 DurationMs = Annotated[float, msgspec.Meta(ge=0.0, le=60_000.0)]
 SomeTokens = Annotated[list[Token], msgspec.Meta(min_length=1)]
 Identifier = Annotated[str, msgspec.Meta(max_length=MAX_ID_LENGTH)]
+Temperature = Annotated[float, msgspec.Meta(gt=0.0, le=1e6)]
+TopM = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOP_M)]
+Packed = Annotated[bytes, msgspec.Meta(max_length=4 * MAX_CHUNK * MAX_TOP_M)]  # Four-byte numbers, little-endian.
 DurationUs = Annotated[float, msgspec.Meta(ge=0.0, le=_MAX_US)]
 
 
 class _Wire(msgspec.Struct, array_like=True, tag=True, frozen=True, forbid_unknown_fields=True):
     """Base of everything on the wire: an array that starts with the name of its type and has one entry per field."""
+
+
+class Sampling(_Wire, frozen=True):
+    """How the drafts of a request are drawn (section 3 of the design, rules 1, 2 and 6).
+
+    Args:
+        temperature: of the draft's softmax.
+        top_m: how many of its most likely tokens the draft's distribution is truncated to before it is renormalised.
+        key: names the request's stream of random numbers; independent of the target's.
+    """
+
+    temperature: Temperature
+    top_m: TopM
+    key: Count
 
 
 class Open(_Wire, frozen=True):
@@ -47,10 +66,12 @@ class Open(_Wire, frozen=True):
     Args:
         request_id: the engine's id of the request.
         tokens: all committed tokens so far, prompt first.
+        sampling: None for greedy drafts.
     """
 
     request_id: Identifier
     tokens: SomeTokens
+    sampling: Sampling | None
 
 
 class Commit(_Wire, frozen=True):
@@ -78,12 +99,17 @@ class Draft(_Wire, frozen=True):
         position: absolute index of `tokens[0]`, which is the number of committed tokens.
         tokens: draft tokens, possibly none.
         hit: whether the commit stayed within what had been drafted ahead.
+        q_ids: `[num_tokens, m]` int32 token ids, row-major: the support of the distribution that each token was drawn from.
+            Empty for greedy drafts, which have none.
+        q_probs: `[num_tokens, m]` float32, the probabilities of those ids.
     """
 
     request_id: Identifier
     position: Position
     tokens: list[Token]
     hit: bool
+    q_ids: Packed
+    q_probs: Packed
 
 
 Opens = Annotated[list[Open], msgspec.Meta(max_length=MAX_ENTRIES)]

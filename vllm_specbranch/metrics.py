@@ -37,12 +37,19 @@ class DraftServerCounters:
 
 @dataclass(slots=True)
 class EngineCounters:
-    """What the proposer and the scorer count, in the target's worker."""
+    """What the proposer and the scorer count, in the target's worker.
+
+    `num_sampled_draft_tokens` are draft tokens verified against the distribution they were drawn from, `num_sampled_outcomes` the
+    committed tokens that such a verification decided.
+    """
 
     num_rounds: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
     num_foreign_drafts: int = 0
+    num_sampled_draft_tokens: int = 0
+    num_sampled_outcomes: int = 0
+    num_unsound_distributions: int = 0
     num_commit_batches: int = 0
     num_replies: int = 0
     num_reply_timeouts: int = 0

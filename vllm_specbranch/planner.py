@@ -7,11 +7,25 @@ Owns no state, no clock and no model: the draft server measures, asks, and carri
         length head), and k candidates are forked at that branch point (section 5, "branch resampling").
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from vllm_specbranch.config import SpecBranchConfig
-from vllm_specbranch.token_tree import TokenTree
+from vllm_specbranch.config import OnMiss, SpecBranchConfig
+from vllm_specbranch.token_tree import Candidates, TokenTree
+
+# Lambda of AdaEDL's bound (arXiv:2410.18351), entropy in nats.
+ENTROPY_WEIGHT = 0.2
+# Of a greedy row, as many probabilities are looked at one by one; the rest counts as one more outcome.
+ENTROPY_CANDIDATES = 64
+# Tokens to wait for after a miss where times must not matter.
+DETERMINISTIC_WAIT_TOKENS = 4
+
+
+def entropy(probs: Sequence[float]) -> float:
+    """Entropy in nats of a distribution given by its largest probabilities; what they leave counts as one outcome."""
+    rest = 1.0 - sum(probs)
+    return -sum(prob * math.log(prob) for prob in (*probs, rest) if prob > 1e-9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +72,30 @@ class Planner:
     def __init__(self, config: SpecBranchConfig) -> None:
         self._max_chunk = config.num_speculative_tokens
         self._max_branches = config.max_branches
-        self._threshold = config.stop_threshold if config.stop_rule == "confidence" else 0.0
+        self._stop_rule = config.stop_rule
+        self._threshold = 0.0 if config.stop_rule == "none" else config.stop_threshold
         self._on_miss = config.on_miss
+        if config.deterministic and config.on_miss.kind == "auto":
+            # What `auto` weighs are measured times.
+            self._on_miss = OnMiss("wait", min(DETERMINISTIC_WAIT_TOKENS, config.num_speculative_tokens))
 
     @property
     def num_candidates(self) -> int:
-        """How many top candidates a draft step must return per row."""
-        return self._max_branches
+        """How many top candidates a draft step must return for a greedy row; a sampled one gets its whole distribution."""
+        return max(self._max_branches, ENTROPY_CANDIDATES) if self._stop_rule == "adaedl" else self._max_branches
+
+    def score(self, candidates: Candidates) -> float:
+        """What the stop rule compares with its threshold: a function of the distribution, never of a token drawn from it.
+
+        `confidence`: the top probability, the paper's q(x) (which at temperature > 0 must not be that of the drawn token).
+        `adaedl`: the lower bound on the acceptance probability 1 - sqrt(lambda H(q)) of arXiv:2410.18351, 0..1.
+        """
+        if self._stop_rule == "adaedl":
+            return max(0.0, 1.0 - math.sqrt(ENTROPY_WEIGHT * entropy(candidates.probs)))
+        return candidates.probs[0]
 
     def chunk(self, tree: TokenTree) -> Chunk:
-        """The chunk that could be submitted now: along the draft's first choices, up to the stop rule or the limit.
+        """The chunk that could be submitted now: along the draft's choices, up to the stop rule or the limit.
 
         A forward stopping rule: whether a token enters depends on the distribution it was drawn from, never on the token.
         """
@@ -77,9 +105,9 @@ class Planner:
             candidates = node.candidates
             if candidates is None:
                 return Chunk(node.node_id, length, False, survival)
-            if candidates.probs[0] < self._threshold:
+            if node.score < self._threshold:
                 return Chunk(node.node_id, length, True, survival)
-            child = node.children.get(candidates.token_ids[0])
+            child = node.children.get(node.choice)
             if child is None:
                 return Chunk(node.node_id, length, False, survival)
             survival *= candidates.probs[0]
@@ -94,24 +122,30 @@ class Planner:
         """
         return max(1, int(self._max_branches * (1.0 - confidence)))
 
-    def forks(self, tree: TokenTree, branch_point: int) -> list[int]:
-        """Tokens to fork at the branch point now: the draft's candidates that are not there yet, best first."""
+    def forks(self, tree: TokenTree, branch_point: int, most: int | None = None) -> list[int]:
+        """Tokens to fork at the branch point now: the draft's candidates that are not there yet, best first.
+
+        Never a drawn token: the target draws the one that counts, and the most likely candidates meet it most often.
+
+        Args:
+            most: fewer branches than the policy wants.
+        """
         node = tree.node(branch_point)
         if node.candidates is None:
             return []
-        count = self.num_branches(node.candidates.probs[0])
+        count = self.num_branches(node.candidates.probs[0]) if most is None else most
         return [token for token in node.candidates.token_ids[:count] if token not in node.children]
 
     def extensions(self, tree: TokenTree, below: int) -> Iterator[tuple[int, int]]:
-        """Fed leaves that get their first choice appended now, as (leaf, token).
+        """Fed leaves below the branch point that get their choice appended now, as (leaf, token).
 
         A branch is drafted until a full chunk is ready below its first token.
         """
         last_position = self._last_position(tree, below)
         for leaf in tree.leaves(below):
             node = tree.node(leaf)
-            if node.candidates is not None and node.position < last_position:
-                yield leaf, node.candidates.token_ids[0]
+            if leaf != below and node.candidates is not None and node.position < last_position:
+                yield leaf, node.choice
 
     def rows(self, tree: TokenTree, below: int) -> list[int]:
         """Leaves under a node that the next draft step should feed, the most likely branch first."""

@@ -27,8 +27,10 @@ from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specbranch import messages
 from vllm_specbranch.config import MAX_AUTO_REPLY_TIMEOUT_MS
+from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds, is_sound
 from vllm_specbranch.draft_link import DraftLink
 from vllm_specbranch.draft_model import DraftModelSettings
+from vllm_specbranch.draft_sampling import seeded_key, unseeded_key
 from vllm_specbranch.metrics import EngineCounters, rates
 from vllm_specbranch.placement import ServerProcess
 from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
@@ -48,6 +50,10 @@ STATUS_TIMEOUT_S = 2.0
 MIN_ROWS = 64
 MAX_ROWS = 256
 MAX_STEP_TOKENS = 512
+# vLLM's own limit: below it a request is greedy.
+GREEDY_TEMPERATURE = 1e-5
+# Above it every distribution is as good as flat; what the wire takes.
+MAX_TEMPERATURE = 1e6
 # Five bytes a token at most, so well below the limit of one message.
 MAX_TOKENS_PER_MESSAGE = 500_000
 
@@ -101,10 +107,11 @@ class Proposer:
         speculative = vllm_config.speculative_config
         assert isinstance(speculative, SpecBranchSpeculativeConfig)
         self._config = speculative.specbranch
+        self._seed: int = vllm_config.model_config.seed
         self._max_model_len: int = vllm_config.model_config.max_model_len
         self._vocab_size: int = vllm_config.model_config.get_vocab_size()
         self.counters = EngineCounters()
-        self.scorer = Scorer(self.counters)
+        self.scorer = Scorer(self.counters, self._vocab_size)
         self._runner: _Runner | None = None
         self._link: DraftLink | None = None
         self._expected: dict[str, int] = {}
@@ -119,6 +126,8 @@ class Proposer:
         self._generation = 0
         self._known: set[str] = set()
         self._undraftable: set[str] = set()
+        self._sampling: dict[str, messages.Sampling | None] = {}
+        self._num_requests = 0
         self._round = 0
         self._may_wait = False
         self._round_s = 0.0
@@ -168,12 +177,14 @@ class Proposer:
 
     @_survives(lambda scheduled: None)
     def begin_step(self, scheduled: SchedulerOutput) -> None:
-        """Send opens and closes at the start of an engine step; look after the draft server."""
+        """Take in what this step verifies, on every rank. On the output rank send opens and closes, look after the draft server."""
+        ours = scheduled if isinstance(scheduled, SpecBranchSchedulerOutput) else None
+        self.scorer.begin_step(scheduled.scheduled_spec_decode_tokens, ours.draft_distributions if ours else {})
         if self._link is None:
             return
         started_s = time.perf_counter()
-        self._may_wait = isinstance(scheduled, SpecBranchSchedulerOutput) and not scheduled.num_waiting_requests
-        self.scorer.begin_step(scheduled.scheduled_spec_decode_tokens)
+        self._may_wait = ours is not None and not ours.num_waiting_requests
+        self.scorer.check_origin()
         self._link.poll()
         if self._link.generation != self._generation:
             self._generation = self._link.generation
@@ -181,6 +192,8 @@ class Proposer:
         closes = [one for one in scheduled.finished_req_ids if one in self._known]
         for request_id in scheduled.finished_req_ids:
             self._forget(request_id)
+        for request in scheduled.scheduled_new_reqs:
+            self._sampling[request.req_id] = self._sampling_of(request)
         opens = [self._open(one) for one in scheduled.scheduled_new_reqs if self._is_draftable(one)]
         if opens or closes:
             self._send_step(opens, closes)
@@ -227,7 +240,8 @@ class Proposer:
                 commits.append(messages.Commit(request_id, num_tokens - len(tokens), list(tokens), num_draft_tokens))
                 self._expected[request_id] = num_tokens
             elif request_id not in self._undraftable:
-                opens.append(messages.Open(request_id, token_ids_cpu[row, :num_tokens].tolist()))
+                sampling = self._sampling.get(request_id)
+                opens.append(messages.Open(request_id, token_ids_cpu[row, :num_tokens].tolist(), sampling))
         if opens:
             self._send_step(opens, [])
         self._send_commits(commits)
@@ -240,7 +254,10 @@ class Proposer:
         if self._link is None or not self._expected:
             return None
         started_s = time.perf_counter()
-        reply = self._link.receive(self._round, self._reply_timeout_ms())
+        if self._config.deterministic:
+            reply = self._link.receive_patiently(self._round)
+        else:
+            reply = self._link.receive(self._round, self._reply_timeout_ms())
         waited_s = time.perf_counter() - started_s
         self.counters.wait_s += waited_s
         self.counters.longest_wait_s = max(self.counters.longest_wait_s, waited_s)
@@ -249,15 +266,26 @@ class Proposer:
             return None
         self.counters.num_replies += 1
         self._known.difference_update(reply.unknown)
-        drafts = DraftTokenIds([], [])
+        drafts = SampledDraftTokenIds([], [])
         for draft in reply.drafts:
             if not draft.tokens or max(draft.tokens) >= self._vocab_size:
                 continue
             if expected.get(draft.request_id) == draft.position:
-                drafts.req_ids.append(draft.request_id)
-                drafts.draft_token_ids.append(draft.tokens[: self._config.num_speculative_tokens])
-                self.scorer.hand_over(draft.request_id, draft.tokens)
+                self._hand_over(draft, drafts)
         return drafts
+
+    def _hand_over(self, draft: messages.Draft, drafts: SampledDraftTokenIds) -> None:
+        """Add one request's draft to what goes to the scheduler."""
+        drafts.req_ids.append(draft.request_id)
+        drafts.draft_token_ids.append(draft.tokens[: self._config.num_speculative_tokens])
+        self.scorer.hand_over(draft.request_id, draft.tokens)
+        if not draft.q_ids:
+            return
+        if is_sound(draft, self._vocab_size):
+            known = ChunkDistributions(draft.position, tuple(draft.tokens), draft.q_ids, draft.q_probs)
+            drafts.distributions[draft.request_id] = known
+        else:
+            self.counters.num_unsound_distributions += 1
 
     def shutdown(self) -> None:
         """End the draft server. Safe to call again."""
@@ -287,7 +315,24 @@ class Proposer:
 
     def _open(self, request: NewRequestData) -> messages.Open:
         assert request.prompt_token_ids is not None
-        return messages.Open(request.req_id, request.prompt_token_ids)
+        return messages.Open(request.req_id, request.prompt_token_ids, self._sampling.get(request.req_id))
+
+    def _sampling_of(self, request: NewRequestData) -> messages.Sampling | None:
+        """How the drafts of a request are drawn; None for greedy ones.
+
+        With structured output vLLM cuts a chunk at the first token that the grammar does not allow, which is a look at what was
+        drawn: such a request is drafted for greedily and verified as one-hot (rule 2 of the design, section 3).
+        """
+        params = request.sampling_params
+        self._num_requests += 1
+        if self._config.draft_sample_method == "greedy" or params is None or params.structured_outputs is not None:
+            return None
+        if params.temperature < GREEDY_TEMPERATURE:
+            return None
+        key = unseeded_key(self._seed, self._num_requests) if params.seed is None else seeded_key(params.seed)
+        # What the target's top_k will never take need not be drafted.
+        top_m = min(self._config.draft_top_m, params.top_k) if params.top_k > 0 else self._config.draft_top_m
+        return messages.Sampling(min(params.temperature, MAX_TEMPERATURE), top_m, key)
 
     def _send_step(self, opens: list[messages.Open], closes: list[str]) -> None:
         """Send opens and closes; after a restart all requests are opened at once, so large prompts get a message each."""
@@ -302,6 +347,7 @@ class Proposer:
     def _forget(self, request_id: str) -> None:
         self._known.discard(request_id)
         self._undraftable.discard(request_id)
+        self._sampling.pop(request_id, None)
         self.scorer.forget(request_id)
 
     def _send_commits(self, commits: list[messages.Commit]) -> None:

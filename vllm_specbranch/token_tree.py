@@ -21,8 +21,9 @@ class Candidates:
     """The draft model's most likely next tokens after one node, best first.
 
     Attributes:
-        token_ids: `[top_k]` token ids.
-        probs: `[top_k]` their probabilities, not renormalised over the top k.
+        token_ids: `[n]` token ids.
+        probs: `[n]` their probabilities. For a greedy request these are shares of the whole softmax; for a sampled one they are the
+            distribution that its drafts are drawn from, at its temperature, truncated to these tokens and renormalised.
     """
 
     token_ids: tuple[int, ...]
@@ -31,7 +32,7 @@ class Candidates:
 
 @dataclass(slots=True)
 class Node:
-    """One token of the tree. Callers set `candidates`; everything else is changed by `TokenTree` alone.
+    """One token of the tree. Callers set the last three; everything else is changed by `TokenTree` alone.
 
     Attributes:
         node_id: the tree's name for this node; never reused within a tree.
@@ -40,6 +41,9 @@ class Node:
         parent: node id of the parent, None for the root.
         children: node id of each child by its token; in insertion order, which is the rank order.
         candidates: what the draft model says comes next; None until the node has been fed to it.
+        choice: the token that drafting goes on with: the most likely one, or for a sampled request the one drawn. It depends on
+            the tokens up to this node only; -1 until the node has been fed.
+        score: what the stop rule compares with its threshold, 0..1.
     """
 
     node_id: int
@@ -48,6 +52,8 @@ class Node:
     parent: int | None
     children: dict[int, int] = field(default_factory=dict)
     candidates: Candidates | None = None
+    choice: int = -1
+    score: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

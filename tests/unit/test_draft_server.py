@@ -48,7 +48,7 @@ class Engine:
     def open(self, name: str, tokens: list[int]) -> None:
         self.sequences[name] = list(tokens)
         self.drafts[name] = []
-        assert self.server.handle(PEER, messages.StepBegin([messages.Open(name, tokens)], [])) == []
+        assert self.server.handle(PEER, messages.StepBegin([messages.Open(name, tokens, None)], [])) == []
 
     def close(self, name: str) -> None:
         del self.sequences[name], self.drafts[name]
@@ -211,7 +211,7 @@ def test_a_refused_message_opens_and_commits_nothing_but_closes_what_has_ended()
         engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [50], 0)]))
     assert engine.server.kv.num_held == held
     with pytest.raises(WireError, match="outside the vocabulary"):
-        engine.server.handle(PEER, messages.StepBegin([messages.Open("b", [999])], ["a"]))
+        engine.server.handle(PEER, messages.StepBegin([messages.Open("b", [999], None)], ["a"]))
     assert engine.server.kv.num_held == 0, "the close counts, the bad open does not"
 
 
@@ -226,7 +226,7 @@ def test_a_new_session_drops_the_old_requests_of_that_engine_only() -> None:
     engine = make_engine()
     engine.open("a", [1, 2, 3])
     engine.server.handle(b"other", messages.Hello("s", 50, 500))
-    engine.server.handle(b"other", messages.StepBegin([messages.Open("a", [1, 2])], []))
+    engine.server.handle(b"other", messages.StepBegin([messages.Open("a", [1, 2], None)], []))
     engine.server.handle(PEER, messages.Hello("s2", 50, 500))
     status = engine.server.handle(PEER, messages.StatusQuery(1))[0][1]
     assert isinstance(status, messages.Status)
@@ -276,8 +276,8 @@ def test_serve_answers_until_told_to_stop_and_survives_a_refused_message() -> No
     engine = make_engine()
     client, endpoint = memory_pair()
     client.send(messages.Hello("s", 50, 500))
-    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3])], []))
-    client.send(messages.StepBegin([messages.Open("b", [999])], []))
+    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    client.send(messages.StepBegin([messages.Open("b", [999], None)], []))
     client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4], 0)]))
     client.send(messages.Shutdown())
     serve(engine.server, endpoint)

@@ -44,15 +44,20 @@ ROOMS = {
     "demo": ANYTHING,
     "doctor": ANYTHING,
     "draft_check": room("config errors", "vllm huggingface_hub"),
+    "draft_deterministic": room("draft_peers draft_request draft_server draft_work errors messages"),
+    "draft_distributions": room("messages", "numpy vllm"),
     "draft_link": room("config errors messages metrics placement transport"),
-    "draft_main": room("draft_model draft_server draft_work errors kv_blocks placement planner transport"),
-    "draft_model": room("draft_runtime errors kv_blocks token_tree", "numpy torch vllm"),
+    "draft_main": room(
+        "config draft_deterministic draft_model draft_server draft_work errors kv_blocks placement planner transport"
+    ),
+    "draft_model": room("draft_runtime errors kv_blocks messages token_tree", "numpy torch vllm"),
     "draft_peers": room(),
     "draft_pressure": room("draft_request metrics"),
-    "draft_request": room("errors kv_blocks planner token_tree"),
-    "draft_runtime": room("draft_model errors kv_blocks", "numpy psutil torch vllm"),
+    "draft_request": room("draft_sampling errors kv_blocks messages planner token_tree"),
+    "draft_runtime": room("draft_model errors kv_blocks messages", "numpy psutil torch vllm"),
+    "draft_sampling": room(),
     "draft_server": room(
-        "draft_model draft_peers draft_pressure draft_request draft_work errors kv_blocks messages metrics planner "
+        "draft_model draft_peers draft_pressure draft_request draft_sampling draft_work errors kv_blocks messages metrics planner "
         "token_tree transport"
     ),
     "draft_work": room("draft_peers draft_request"),
@@ -71,14 +76,14 @@ ROOMS = {
     "plugin": room("errors patches patching", "vllm"),
     "prompts": room("errors"),
     "proposer": room(
-        "config draft_link draft_model errors length_head messages metrics placement scheduler scorer "
-        "speculative_config transport",
+        "config draft_distributions draft_link draft_model draft_sampling errors length_head messages metrics placement "
+        "scheduler scorer speculative_config transport",
         "numpy torch vllm",
     ),
     "provenance": room("", "psutil"),
     "report": room("measure_messages metrics"),
-    "scheduler": room("config errors metrics", "vllm"),
-    "scorer": room("errors metrics", "numpy torch vllm"),
+    "scheduler": room("config draft_distributions errors metrics", "vllm"),
+    "scorer": room("draft_distributions errors metrics", "numpy torch vllm"),
     "shipped_pair": room(),
     "speculative_config": room("config draft_check errors", "pydantic vllm"),
     "token_tree": room("errors"),

@@ -21,6 +21,7 @@ from vllm_specbranch.messages import (
     Message,
     Open,
     Ready,
+    Sampling,
     Shutdown,
     Status,
     StatusQuery,
@@ -34,14 +35,14 @@ VERSION = bytes([messages.PROTOCOL_VERSION])
 # One message of each kind, with nothing empty in it: the material of the systematic tests.
 TO_SERVER: list[Message] = [
     Hello("session", 151936, 4096),
-    StepBegin([Open("a", [1, 2, 70000])], ["b"]),
+    StepBegin([Open("a", [1, 2, 70000], Sampling(0.5, 64, 12345))], ["b"]),
     CommitBatch(7, 2.5, [Commit("a", 12, [5, 6], 3)]),
     StatusQuery(3),
     Shutdown(),
 ]
 TO_ENGINE: list[Message] = [
     Ready("session", 4096, 512, 32),
-    DraftBatch(7, [Draft("a", 14, [8, 9], True)], ["b"]),
+    DraftBatch(7, [Draft("a", 14, [8, 9], True, b"qids", b"qpro")], ["b"]),
     Status(3, 1, 2, 512, {"hits": 4}, {"forward": 1.5}),
     Failure("out of memory"),
 ]
@@ -100,7 +101,7 @@ def test_layout_on_the_wire_is_fixed() -> None:
     assert messages.PROTOCOL_VERSION == 1
     assert encode(StatusQuery(3)) == b"\x01\x92\xabStatusQuery\x03"
     assert plain(TO_SERVER[2]) == ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [5, 6], 3]]]
-    assert plain(TO_ENGINE[1]) == ["DraftBatch", 7, [["Draft", "a", 14, [8, 9], True]], ["b"]]
+    assert plain(TO_ENGINE[1]) == ["DraftBatch", 7, [["Draft", "a", 14, [8, 9], True, b"qids", b"qpro"]], ["b"]]
 
 
 def test_messages_cannot_be_changed() -> None:
@@ -134,7 +135,7 @@ def test_wrong_direction_is_refused(message: Message, decode: Decode) -> None:
 
 
 def test_entries_are_not_messages() -> None:
-    for entry in (Open("a", [1]), Commit("a", 1, [1], 3), Draft("a", 1, [1], True)):
+    for entry in (Open("a", [1], None), Commit("a", 1, [1], 3), Draft("a", 1, [1], True, b"", b"")):
         for decode in (decode_for_server, decode_for_engine):
             refused(decode, entry)
 
@@ -155,7 +156,7 @@ def test_size_limit_is_exact() -> None:
 
 @pytest.mark.parametrize(
     "message",
-    [StatusQuery(2**64), StepBegin([], ["\ud800"]), StatusQuery(object()), StepBegin([Open("a", [{1j}])], [])],
+    [StatusQuery(2**64), StepBegin([], ["\ud800"]), StatusQuery(object()), StepBegin([Open("a", [{1j}], None)], [])],
 )
 def test_what_cannot_be_carried_is_a_wire_error(message: Message) -> None:
     with pytest.raises(WireError, match=f"cannot encode a {type(message).__name__}"):
@@ -211,6 +212,8 @@ def test_wrong_types_are_refused(message: Message, decode: Decode) -> None:
             for wrong in (None, True, 1, 1.5, "x", b"x", [None], {"x": None}, [["x"]]):
                 if type(wrong) is type(struct[entry]) or (type(struct[entry]), wrong) == (float, 1):
                     continue  # A whole number is a fine duration.
+                if wrong is None and isinstance(struct[entry], list) and struct[entry][:1] == ["Sampling"]:
+                    continue  # A request without sampling is drafted for greedily.
                 spoilt = plain(message)
                 structs_in(spoilt)[index][entry] = wrong
                 refused(decode, spoilt)
@@ -218,7 +221,7 @@ def test_wrong_types_are_refused(message: Message, decode: Decode) -> None:
 
 @pytest.mark.parametrize("wrong", [None, True, 1.0, "1", -1, 2**31, [1]])
 def test_wrong_tokens_are_refused(wrong: object) -> None:
-    refused(decode_for_server, ["StepBegin", [["Open", "a", [1, wrong]]], []])
+    refused(decode_for_server, ["StepBegin", [["Open", "a", [1, wrong], None]], []])
     refused(decode_for_server, ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [wrong]]]])
     refused(decode_for_engine, ["DraftBatch", 7, [["Draft", "a", 12, [wrong, 2], True]], []])
 
@@ -238,7 +241,7 @@ def test_wrong_tokens_are_refused(wrong: object) -> None:
         (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", -1, [1]]]]),
         (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 2**31, [1]]]]),
         (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 1, []]]]),
-        (decode_for_server, ["StepBegin", [["Open", "a", []]], []]),
+        (decode_for_server, ["StepBegin", [["Open", "a", [], None]], []]),
         (decode_for_server, ["Hello", "s", 0, 1]),
         (decode_for_server, ["Hello", "s", 1, 0]),
         (decode_for_server, ["Hello", "s", -5, 1]),
@@ -269,11 +272,11 @@ def test_id_length_limit_is_exact() -> None:
     assert messages.MAX_ID_LENGTH == 256
     for make, decode in (
         (lambda name: Hello(name, 1, 1), decode_for_server),
-        (lambda name: StepBegin([Open(name, [1])], []), decode_for_server),
+        (lambda name: StepBegin([Open(name, [1], None)], []), decode_for_server),
         (lambda name: StepBegin([], [name]), decode_for_server),
         (lambda name: CommitBatch(1, 2.5, [Commit(name, 1, [1], 3)]), decode_for_server),
         (lambda name: Ready(name, 1, 1, 1), decode_for_engine),
-        (lambda name: DraftBatch(1, [Draft(name, 1, [1], True)], []), decode_for_engine),
+        (lambda name: DraftBatch(1, [Draft(name, 1, [1], True, b"", b"")], []), decode_for_engine),
         (lambda name: DraftBatch(1, [], [name]), decode_for_engine),
     ):
         assert decode(encode(make(longest))) == make(longest)
@@ -284,10 +287,10 @@ def test_id_length_limit_is_exact() -> None:
 def test_list_length_limit_is_exact() -> None:
     assert messages.MAX_ENTRIES == 4096
     for make, decode in (
-        (lambda n: StepBegin([Open("a", [1])] * n, []), decode_for_server),
+        (lambda n: StepBegin([Open("a", [1], None)] * n, []), decode_for_server),
         (lambda n: StepBegin([], ["a"] * n), decode_for_server),
         (lambda n: CommitBatch(1, 2.5, [Commit("a", 1, [1], 3)] * n), decode_for_server),
-        (lambda n: DraftBatch(1, [Draft("a", 1, [1], True)] * n, []), decode_for_engine),
+        (lambda n: DraftBatch(1, [Draft("a", 1, [1], True, b"", b"")] * n, []), decode_for_engine),
         (lambda n: DraftBatch(1, [], ["a"] * n), decode_for_engine),
     ):
         assert decode(encode(make(4096))) == make(4096)
@@ -296,7 +299,7 @@ def test_list_length_limit_is_exact() -> None:
 
 
 def test_long_prompts_are_not_limited_by_their_number_of_tokens() -> None:
-    message = StepBegin([Open("a", [151_000] * 300_000)], [])
+    message = StepBegin([Open("a", [151_000] * 300_000, None)], [])
     assert decode_for_server(encode(message)) == message
 
 
@@ -370,3 +373,26 @@ tags = st.sampled_from([type(message).__name__ for message, _ in ALL])
 @given(tags, st.lists(anything, max_size=7))
 def test_well_formed_nonsense_is_harmless(tag: str, entries: list[object]) -> None:
     check_harmless(pack([tag, *entries]))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (0.0, 64, 1),
+        (-1.0, 64, 1),
+        (2e6, 64, 1),
+        (float("nan"), 64, 1),
+        (1.0, 0, 1),
+        (1.0, 1025, 1),
+        (1.0, 64, -1),
+        (1.0, 64, 2**63),
+    ],
+)
+def test_sampling_out_of_range_is_refused(wrong: tuple[float, int, int]) -> None:
+    refused(decode_for_server, ["StepBegin", [["Open", "a", [1], ["Sampling", *wrong]]], []])
+
+
+def test_distributions_have_a_limit() -> None:
+    most = b"x" * (4 * messages.MAX_CHUNK * messages.MAX_TOP_M)
+    assert decode_for_engine(encode(DraftBatch(1, [Draft("a", 1, [1], True, most, most)], [])))
+    refused(decode_for_engine, ["DraftBatch", 1, [["Draft", "a", 1, [1], True, most + b"x", b""]], []])

@@ -13,8 +13,8 @@ class FakeProposer:
     def __init__(self) -> None:
         self.scorer = self
 
-    def draft_probs(self, request_ids: list[str], metadata: object) -> tuple[list[str], object]:
-        return request_ids, metadata
+    def draft_probs(self, *arguments: object) -> tuple[object, ...]:
+        return arguments
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def fake_proposer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def runner(drafter: object) -> Any:
-    return SimpleNamespace(drafter=drafter, input_batch=SimpleNamespace(req_ids=["a", "b"]))
+    return SimpleNamespace(drafter=drafter, input_batch=SimpleNamespace(req_ids=["a", "b"]), device="cpu")
 
 
 def hook(self: Any, metadata: object) -> object:
@@ -35,7 +35,7 @@ def hook(self: Any, metadata: object) -> object:
 
 
 def test_our_proposer_s_scorer_is_asked() -> None:
-    assert hook(runner(FakeProposer()), "metadata") == (["a", "b"], "metadata")
+    assert hook(runner(FakeProposer()), SimpleNamespace(num_draft_tokens=[2, 0])) == (["a", "b"], [2, 0], "cpu")
 
 
 def test_other_drafters_keep_vllm_s_way() -> None:

@@ -15,12 +15,18 @@ def planner(**keys: object) -> Planner:
     return Planner(SpecBranchConfig.from_user({"model": "m", "num_speculative_tokens": 4} | keys))
 
 
+def feed(tree: TokenTree, node_id: int, ids: tuple[int, ...], probs: tuple[float, ...], choice: int = 0) -> None:
+    """What `DraftRequest.fed` does, with the `confidence` rule."""
+    node = tree.node(node_id)
+    node.candidates, node.choice, node.score = Candidates(ids, probs), ids[choice], probs[0]
+
+
 def chain(confidences: Sequence[float], tail: int = 1) -> TokenTree:
     """A tree with one chain of first choices, fed as far as there are confidences, then `tail` unfed nodes."""
     tree = TokenTree([7])
     node = tree.root
     for index, confidence in enumerate(confidences):
-        tree.node(node).candidates = Candidates((10 + index, 30 + index, 50 + index), (confidence, 0.01, 0.005))
+        feed(tree, node, (10 + index, 30 + index, 50 + index), (confidence, 0.01, 0.005))
         if index < len(confidences) - 1 or tail:
             node = tree.extend(node, 10 + index)
     return tree
@@ -60,13 +66,13 @@ def test_pearl_submits_all_up_to_the_limit_and_keeps_one_branch() -> None:
 
 
 def test_whether_a_token_enters_does_not_depend_on_the_token() -> None:
-    """Rule 2 of the design: only the distribution that a token was drawn from decides; swap the ids and nothing moves."""
+    """Rule 2 of the design: only the distribution that a token was drawn from decides; take the other token and nothing moves."""
     for swap in (False, True):
         tree = TokenTree([7])
         node = tree.root
         for index, confidence in enumerate([0.9, 0.5, 0.2, 0.9]):
             ids = (10 + index, 30 + index)
-            tree.node(node).candidates = Candidates(ids[::-1] if swap else ids, (confidence, 0.01))
+            feed(tree, node, ids, (confidence, 0.01), choice=int(swap))
             node = tree.extend(node, ids[1] if swap else ids[0])
         assert planner(stop_threshold=0.3).chunk(tree).num_tokens == 2
 
@@ -89,7 +95,7 @@ def test_branches_grow_until_a_full_chunk_is_ready_below_their_first_token() -> 
     tree = chain([0.9, 0.9, 0.9], tail=1)
     assert rule.rows(tree, tree.root) == tree.leaves(), "depth 3: the candidate and two tokens below it are drafted"
     leaf = tree.leaves()[0]
-    tree.node(leaf).candidates = Candidates((40,), (0.9,))
+    feed(tree, leaf, (40,), (0.9,))
     assert list(rule.extensions(tree, tree.root)) == []
     assert rule.rows(tree, tree.root) == []
     assert list(rule.extensions(tree, tree.path(leaf)[0])) == [(leaf, 40)], "after a commit there is room again"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from vllm import SamplingParams
 from vllm.v1.core.sched.output import CachedRequestData
 
 from vllm_specbranch import messages, proposer
@@ -61,10 +62,22 @@ class Bench:
     line: Line
     sequences: dict[str, list[int]] = field(default_factory=dict)
 
-    def begin(self, new: dict[str, list[int]] | None = None, finished: Sequence[str] = (), **fields: Any) -> None:
+    def begin(
+        self,
+        new: dict[str, list[int]] | None = None,
+        finished: Sequence[str] = (),
+        params: dict[str, SamplingParams] | None = None,
+        **fields: Any,
+    ) -> None:
         self.sequences |= new or {}
         requests = [
-            SimpleNamespace(req_id=name, prompt_token_ids=list(tokens), prompt_embeds=None, mm_features=[])
+            SimpleNamespace(
+                req_id=name,
+                prompt_token_ids=list(tokens),
+                prompt_embeds=None,
+                mm_features=[],
+                sampling_params=(params or {}).get(name),
+            )
             for name, tokens in (new or {}).items()
         ]
         output = SpecBranchSchedulerOutput(
@@ -101,7 +114,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
     speculative.specbranch = SpecBranchConfig.from_user({"model": "draft", "num_speculative_tokens": 4})
     vllm_config = SimpleNamespace(
         speculative_config=speculative,
-        model_config=SimpleNamespace(max_model_len=200, get_vocab_size=lambda: 50),
+        model_config=SimpleNamespace(max_model_len=200, seed=0, get_vocab_size=lambda: 50),
         scheduler_config=SimpleNamespace(max_num_seqs=16),
     )
     return Bench(Proposer(vllm_config), line)
@@ -111,13 +124,13 @@ def reply(
     round_number: int, drafts: dict[str, tuple[int, list[int]]], unknown: Sequence[str] = ()
 ) -> messages.DraftBatch:
     return messages.DraftBatch(
-        round_number, [messages.Draft(name, *draft, True) for name, draft in drafts.items()], list(unknown)
+        round_number, [messages.Draft(name, *draft, True, b"", b"") for name, draft in drafts.items()], list(unknown)
     )
 
 
 def test_a_request_from_open_to_close(bench: Bench) -> None:
     bench.begin({"a": [1, 2, 3]})
-    assert bench.line.take() == [messages.StepBegin([messages.Open("a", [1, 2, 3])], [])]
+    assert bench.line.take() == [messages.StepBegin([messages.Open("a", [1, 2, 3], None)], [])]
     assert bench.propose({"a": [4]}) == [[]], "drafts come later"
     (batch,) = bench.line.take()
     assert isinstance(batch, messages.CommitBatch)
@@ -183,7 +196,7 @@ def test_a_new_generation_opens_running_requests_from_their_history(bench: Bench
     bench.line.generation = 2
     bench.begin()
     bench.propose({"a": [5, 6]})
-    assert bench.line.take() == [messages.StepBegin([messages.Open("a", [1, 2, 3, 4, 5, 6])], [])]
+    assert bench.line.take() == [messages.StepBegin([messages.Open("a", [1, 2, 3, 4, 5, 6], None)], [])]
     bench.begin()
     bench.propose({"a": [7]})
     (batch,) = bench.line.take()
@@ -199,7 +212,7 @@ def test_a_request_that_the_server_does_not_know_is_opened_again(bench: Bench) -
     bench.line.take()
     bench.begin()
     bench.propose({"a": [3]})
-    assert bench.line.take() == [messages.StepBegin([messages.Open("a", [1, 2, 3])], [])]
+    assert bench.line.take() == [messages.StepBegin([messages.Open("a", [1, 2, 3], None)], [])]
 
 
 def test_requests_that_cannot_be_drafted_for_never_are(bench: Bench) -> None:

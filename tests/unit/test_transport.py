@@ -151,14 +151,14 @@ def test_messages_go_both_ways_in_order(pair: Pair) -> None:
     client, server = pair
     peer = introduce(client, server)
     sent = [
-        StepBegin([Open("a", [1, 2])], ["b"]),
+        StepBegin([Open("a", [1, 2], None)], ["b"]),
         CommitBatch(1, 2.5, [Commit("a", 2, [3], 3)]),
         StatusQuery(1),
         Shutdown(),
     ]
     assert all(client.send(message) for message in sent)
     assert [server.recv(SOON_MS) for _ in sent] == [(peer, message) for message in sent]
-    replies = [READY, DraftBatch(1, [Draft("a", 3, [4], True)], ["c"]), Failure("why")]
+    replies = [READY, DraftBatch(1, [Draft("a", 3, [4], True, b"", b"")], ["c"]), Failure("why")]
     assert all(server.send(peer, reply) for reply in replies)
     assert [client.recv(SOON_MS) for _ in replies] == replies
     assert client.num_dropped == server.num_dropped == 0
@@ -174,11 +174,11 @@ def test_nothing_there_is_none(pair: Pair) -> None:
 def test_messages_are_copies_made_by_the_wire(pair: Pair) -> None:
     client, server = pair
     tokens = [1, 2]
-    assert client.send(StepBegin([Open("a", tokens)], []))
+    assert client.send(StepBegin([Open("a", tokens, None)], []))
     tokens.append(3)
     arrival = server.recv(SOON_MS)
     assert arrival is not None
-    assert arrival[1] == StepBegin([Open("a", [1, 2])], [])
+    assert arrival[1] == StepBegin([Open("a", [1, 2], None)], [])
 
 
 def test_client_drops_garbage_and_goes_on(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
@@ -430,7 +430,7 @@ def test_server_that_starts_late_gets_what_was_queued(connect: Callable, bind: C
 def test_hung_server_never_blocks_a_client(connect: Callable, bind: Callable) -> None:
     server, client = bind(), connect()
     introduce(client, server)
-    large = StepBegin([Open("a", [100_000] * 20_000)], [])
+    large = StepBegin([Open("a", [100_000] * 20_000, None)], [])
     results: list[bool] = []
     start = time.monotonic()
     while (not results or results[-1]) and len(results) < 1000:
@@ -444,7 +444,7 @@ def test_hung_client_blocks_neither_the_server_nor_other_clients(connect: Callab
     server, hung, client = bind(), connect(), connect()
     hung_peer, peer = introduce(hung, server), introduce(client, server)
     assert hung_peer != peer
-    large = DraftBatch(1, [Draft("a", 1, [100_000] * 20_000, True)], [])
+    large = DraftBatch(1, [Draft("a", 1, [100_000] * 20_000, True, b"", b"")], [])
     results: list[bool] = []
     start = time.monotonic()
     while (not results or results[-1]) and len(results) < 1000:

@@ -1,0 +1,67 @@
+"""Sampled drafts: the random stream of a request, and one draw from a distribution of the draft model.
+
+Owns rules 2 and 6 of the design's section 3: every draw is a function of (request key, position) and of the distribution, so a
+token that was drawn at a prefix comes out again however often and whenever it is drawn there; and the stream has nothing in common
+with the target's, which vLLM seeds with the request's bare seed. Pure Python. Runs in the draft server process; keys are made by
+the proposer, in the target's worker.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+# What is hashed is never a bare seed. A change of this word changes every seeded output.
+DOMAIN_TAG = b"vllm-specbranch draft stream 1"
+KEY_BITS = 63  # msgspec's bounded integers are signed.
+_UNIFORM_BITS = 53  # Of a float's significand.
+
+RandomNumber = Callable[[int, int], float]
+
+
+def seeded_key(seed: int) -> int:
+    """The key of a request that has a seed: the same for the same seed, whatever its id, so that its drafts can be repeated."""
+    return _hashed(f"seed {seed}")
+
+
+def unseeded_key(engine_seed: int, number: int) -> int:
+    """The key of the `number`th request without a seed of its own; repeatable for an engine that is asked the same in order."""
+    return _hashed(f"engine {engine_seed} request {number}")
+
+
+def _hashed(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"", key=DOMAIN_TAG).digest()
+    return int.from_bytes(digest, "little") >> (64 - KEY_BITS)
+
+
+def uniform(key: int, position: int) -> float:
+    """The number of a request's stream that belongs to a position, in [0, 1).
+
+    Args:
+        key: of the request, at least 0.
+        position: absolute index of the token to be drawn.
+    """
+    data = key.to_bytes(8, "little") + position.to_bytes(8, "little")
+    digest = hashlib.blake2b(data, digest_size=8, key=DOMAIN_TAG).digest()
+    return (int.from_bytes(digest, "little") >> (64 - _UNIFORM_BITS)) * 2.0**-_UNIFORM_BITS
+
+
+def draw(probs: Sequence[float], number: float) -> int:
+    """The index that a number of [0, 1) falls on, by inversion.
+
+    Args:
+        probs: `[n]` probabilities of a truncated and renormalised distribution; their sum is 1 up to float32 rounding.
+        number: uniform in [0, 1); only compared, never computed with.
+
+    Returns:
+        Index i with probability `probs[i] / sum(probs)`; never one whose probability is 0.
+    """
+    total = sum(probs)
+    reached = 0.0
+    last = 0
+    for index, prob in enumerate(probs):
+        if prob <= 0.0:
+            continue
+        reached += prob
+        last = index
+        if number < reached / total:
+            return index
+    return last
