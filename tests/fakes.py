@@ -8,9 +8,10 @@ import random
 from collections.abc import Sequence
 
 from vllm_specbranch.draft_model import Row
+from vllm_specbranch.draft_sampling import draw, uniform
 from vllm_specbranch.kv_blocks import BlockCopy
 from vllm_specbranch.messages import Sampling
-from vllm_specbranch.token_tree import Candidates
+from vllm_specbranch.token_tree import Candidates, hash_prefix
 
 
 def predict(
@@ -20,6 +21,7 @@ def predict(
     rng = random.Random(hash((17, *context)))
     if sampling is not None:
         return distribution(rng, vocab_size, sampling)
+    top_k = min(top_k, vocab_size)
     ids = tuple(rng.sample(range(vocab_size), top_k))
     top = rng.choice(confidences)
     rest = (1.0 - top) / max(1, top_k)
@@ -82,11 +84,19 @@ class FakeDraftModel:
             for position in range(row.position + len(row.token_ids))
         ]
         assert -1 not in context, "attention reads KV that was never written"
-        return predict(context, self.vocab_size, top_k, self.confidences, row.sampling)
+        return self.predict(context, top_k, row.sampling)
 
-    def chain(self, context: Sequence[int], num_tokens: int, top_k: int = 1) -> list[int]:
-        """The greedy continuation of a context, computed without KV."""
+    def predict(self, context: Sequence[int], top_k: int, sampling: Sampling | None = None) -> Candidates:
+        """What comes after a context, computed without KV."""
+        return predict(context, self.vocab_size, top_k, self.confidences, sampling)
+
+    def chain(
+        self, context: Sequence[int], num_tokens: int, top_k: int = 1, sampling: Sampling | None = None
+    ) -> list[int]:
+        """The continuation of a context, greedy or drawn, computed without KV."""
         tokens = list(context)
         for _ in range(num_tokens):
-            tokens.append(predict(tokens, self.vocab_size, top_k, self.confidences).token_ids[0])
+            candidates = self.predict(tokens, top_k, sampling)
+            index = 0 if sampling is None else draw(candidates.probs, uniform(sampling.key, hash_prefix(tokens)))
+            tokens.append(candidates.token_ids[index])
         return tokens[len(context) :]

@@ -58,7 +58,7 @@ engine_messages: st.SearchStrategy[EngineMessage] = st.one_of(
 server_messages: st.SearchStrategy[ServerMessage] = st.one_of(
     st.builds(Ready, identifiers, sizes, sizes, sizes),
     st.builds(Refused, identifiers, text),
-    st.builds(DraftBatch, counts, few(drafts), few(identifiers)),
+    st.builds(DraftBatch, counts, st.booleans(), few(drafts), few(identifiers)),
     st.builds(
         Status,
         counts,

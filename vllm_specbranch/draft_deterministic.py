@@ -73,6 +73,10 @@ class DeterministicDraftServer(DraftServer):
         self._steps_owed = self._steps_per_round
         return super()._reply(peer_id, pending)
 
+    def _send_ahead(self, peer_id: bytes, pending: PendingReply) -> list[Reply]:
+        """Nothing: the engine waits for the reply however long it takes."""
+        return []
+
     def _waits_for(self, peer_id: bytes, pending: PendingReply) -> list[DraftRequest]:
         """The requests that still lack tokens, or their prefill, whatever that costs."""
         waiting = [request for request, _ in self._growing(peer_id, pending)]

@@ -184,7 +184,7 @@ class DraftLink:
         return False
 
     def receive(self, round_number: int, timeout_ms: float) -> messages.DraftBatch | None:
-        """The reply to a commit batch, or None if it does not come in time; older replies are dropped.
+        """The reply to a commit batch; if it does not come in time, what was sent ahead of it, or None. Older replies are dropped.
 
         After one late reply nothing is waited for until the server has said something again, so that a hung server costs
         the engine one timeout, not one per step.
@@ -192,17 +192,21 @@ class DraftLink:
         if not self.is_up or self._channel is None:
             return None
         started_s = self._clock()
+        ahead: messages.DraftBatch | None = None
         while True:
             until_s = started_s + (0.0 if self._is_late else timeout_ms / 1e3)
             message = self._channel.recv(max(0.0, 1e3 * (until_s - self._clock())))
             if message is None:
                 self._be_late()
-                return None
+                return ahead
             self._is_late = False
             if isinstance(message, messages.DraftBatch):
-                if message.round == round_number:
+                if message.round == round_number and message.is_final:
                     return message
-                self._counters.num_late_replies += 1
+                if message.round == round_number:
+                    ahead = message
+                else:
+                    self._counters.num_late_replies += message.is_final
             elif isinstance(message, messages.Failure):
                 logger.warning("The draft server could not take a message: %s", message.reason)
 
@@ -211,7 +215,7 @@ class DraftLink:
         until_s = self._clock() + HUNG_S
         while self.is_up and self._channel is not None and self._clock() < until_s:
             message = self._channel.recv(PATIENT_WAIT_MS)
-            if isinstance(message, messages.DraftBatch) and message.round == round_number:
+            if isinstance(message, messages.DraftBatch) and message.round == round_number and message.is_final:
                 return message
             if message is None and not self._process.is_running():
                 return None

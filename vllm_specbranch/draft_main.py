@@ -11,11 +11,15 @@ import shutil
 import signal
 import sys
 import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_deterministic import DeterministicDraftServer
 from vllm_specbranch.draft_model import DraftModel
+from vllm_specbranch.draft_sampling import RandomNumber, uniform
 from vllm_specbranch.draft_server import DraftServer, Model, serve
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import ConfigError
@@ -80,11 +84,21 @@ def _serve(spec: ServerSpec) -> None:
         endpoint.close()
 
 
-def make_server(config: SpecBranchConfig, model: Model, kv: KVBlocks, limits: Limits) -> DraftServer:
-    """The draft server that the settings ask for."""
-    if config.deterministic:
-        return DeterministicDraftServer(model, kv, Planner(config), limits, chunk_tokens=config.num_speculative_tokens)
-    return DraftServer(model, kv, Planner(config), limits)
+def make_server(
+    config: SpecBranchConfig,
+    model: Model,
+    kv: KVBlocks,
+    limits: Limits,
+    clock: Callable[[], float] = time.perf_counter,
+    random_number: RandomNumber = uniform,
+) -> DraftServer:
+    """The draft server that the settings ask for; arguments as for `DraftServer`."""
+    kind = (
+        partial(DeterministicDraftServer, chunk_tokens=config.num_speculative_tokens)
+        if config.deterministic
+        else DraftServer
+    )
+    return kind(model, kv, Planner(config), limits, clock, random_number)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What a draft server knows of one engine: its open reply, and how fast and how lucky it has been. Pure Python."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # Weight of the newest value in the running means; short, because batch sizes change within tens of rounds.
 MEAN_WEIGHT = 0.1
@@ -10,12 +10,21 @@ LONGEST_ROUND_S = 2.0
 
 @dataclass(slots=True)
 class PendingReply:
-    """A commit batch that has not been answered yet."""
+    """A commit batch that has not been answered yet.
+
+    Attributes:
+        round: its number.
+        hits: per request whether it was a hit.
+        unknown: requests that it named and the server does not know.
+        deadline_s: when it must be answered, whatever there is.
+        sent: per sampled request how many tokens have been sent ahead of the answer.
+    """
 
     round: int
     hits: dict[str, bool]
     unknown: list[str]
     deadline_s: float
+    sent: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from vllm_specbranch.draft_sampling import RandomNumber, draw, uniform
 from vllm_specbranch.errors import TreeError
 from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
-from vllm_specbranch.messages import Sampling
+from vllm_specbranch.messages import Draft, Sampling
 from vllm_specbranch.token_tree import Candidates, CommitResult, TokenTree
 
 
@@ -26,7 +26,7 @@ class DraftRequest:
         kv: the block pool, shared by all requests of the server.
         sequence_ids: gives a fresh sequence id at each `next`; shared likewise.
         sampling: how its drafts are drawn; None for greedy ones.
-        random_number: gives the number of a random stream for (key, position).
+        random_number: gives the number of a random stream for (key, hash of the prefix).
     """
 
     def __init__(
@@ -115,11 +115,17 @@ class DraftRequest:
         node.candidates, node.score = candidates, score
         index = 0
         if self.sampling is not None:
-            # The same number at every draw for this position: a token once drawn at a prefix is never drawn anew.
-            index = draw(candidates.probs, self._random_number(self.sampling.key, node.position + 1))
+            # The same number at every draw after this prefix: a token once drawn there is never drawn anew.
+            index = draw(candidates.probs, self._random_number(self.sampling.key, node.prefix))
         node.choice = candidates.token_ids[index]
 
-    def distributions(self, end: int) -> tuple[bytes, bytes]:
+    def draft(self, request_id: str, hit: bool, end: int | None = None) -> Draft:
+        """The chunk that ends at a node (`chunk_end` if None), as it goes to the engine."""
+        end = self.chunk_end if end is None else end
+        tokens = [self.tree.node(one).token for one in self.tree.path(end)]
+        return Draft(request_id, self.tree.num_tokens, tokens, hit, *self._distributions(end))
+
+    def _distributions(self, end: int) -> tuple[bytes, bytes]:
         """What the tokens of the chunk that ends at `end` were drawn from, as `Draft` carries it; empty for greedy drafts."""
         if self.sampling is None:
             return b"", b""
@@ -220,15 +226,16 @@ class DraftRequest:
             self._kv.free(sequence)
 
     def narrow(self) -> int:
-        """Drop every child but the first at each node; returns how many branches went."""
+        """Drop every child but one at each node, the chosen one where there is one; returns how many branches went."""
         dropped = 0
         node = self.tree.node(self.tree.root)
         while node.children:
-            first, *others = node.children.values()
+            kept = node.children.get(node.choice, next(iter(node.children.values())))
+            others = [child for child in node.children.values() if child != kept]
             for other in others:
                 self.prune(other)
             dropped += len(others)
-            node = self.tree.node(first)
+            node = self.tree.node(kept)
         return dropped
 
     def evict(self) -> None:

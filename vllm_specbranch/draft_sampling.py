@@ -1,9 +1,13 @@
 """Sampled drafts: the random stream of a request, and one draw from a distribution of the draft model.
 
-Owns rules 2 and 6 of the design's section 3: every draw is a function of (request key, position) and of the distribution, so a
-token that was drawn at a prefix comes out again however often and whenever it is drawn there; and the stream has nothing in common
-with the target's, which vLLM seeds with the request's bare seed. Pure Python. Runs in the draft server process; keys are made by
-the proposer, in the target's worker.
+Owns rules 2 and 6 of the design's section 3: every draw is a function of (request key, all tokens before it) and of the
+distribution, so a token that was drawn at a prefix comes out again however often and whenever it is drawn there; and the stream has
+nothing in common with the target's, which vLLM seeds with the request's bare seed. Pure Python. Runs in the draft server process;
+keys are made by the proposer, in the target's worker.
+
+Why not a number per (key, position): after a miss the new chain would draw with the numbers of the chain that lost, and how much of
+the new chain is ready in time may depend on what the losing one was (the enumeration in tests/unit/test_reference_broken.py shows
+it). A number per prefix is used for one prefix only, so nothing that happened before it can depend on it.
 """
 
 import hashlib
@@ -32,14 +36,14 @@ def _hashed(text: str) -> int:
     return int.from_bytes(digest, "little") >> (64 - KEY_BITS)
 
 
-def uniform(key: int, position: int) -> float:
-    """The number of a request's stream that belongs to a position, in [0, 1).
+def uniform(key: int, prefix: int) -> float:
+    """The number of a request's stream that belongs to a prefix, in [0, 1).
 
     Args:
         key: of the request, at least 0.
-        position: absolute index of the token to be drawn.
+        prefix: hash of all tokens before the one to be drawn (`token_tree.extend_prefix`).
     """
-    data = key.to_bytes(8, "little") + position.to_bytes(8, "little")
+    data = key.to_bytes(8, "little") + prefix.to_bytes(8, "little")
     digest = hashlib.blake2b(data, digest_size=8, key=DOMAIN_TAG).digest()
     return (int.from_bytes(digest, "little") >> (64 - _UNIFORM_BITS)) * 2.0**-_UNIFORM_BITS
 

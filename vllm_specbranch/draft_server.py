@@ -52,7 +52,7 @@ class DraftServer:
         planner: the policy.
         limits: sizes of a draft step.
         clock: seconds, monotonic.
-        random_number: of a request's stream, for (key, position).
+        random_number: of a request's stream, for (key, hash of the prefix).
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class DraftServer:
             request.evict()
         else:
             request.readmit()
-            self._extend_chunk(request)
+            self._open_chunk(request)
         return result.hit
 
     def _main_line(self, request: DraftRequest) -> int:
@@ -214,7 +214,7 @@ class DraftServer:
             request = self._requests.get((peer_id, request_id))
             if request is None or request.is_evicted:
                 continue
-            chunk = self._planner.chunk(request.tree)
+            chunk = self._open_chunk(request)
             if not self._planner.wants_more(chunk, hit=hit) or self._is_at_the_end(request, chunk.end):
                 continue
             if request.num_pending(chunk.end) <= MAX_DECODE_TOKENS:
@@ -237,10 +237,14 @@ class DraftServer:
         return [request for request, _ in growing]
 
     def _replies_due(self) -> list[Reply]:
-        """Answer every commit batch that does not wait (any more)."""
+        """Answer every commit batch that does not wait (any more); send sampled drafts ahead for one that does."""
         replies: list[Reply] = []
         for peer_id, peer in self._peers.items():
-            if peer.pending is not None and not self._waits_for(peer_id, peer.pending):
+            if peer.pending is None:
+                continue
+            if self._waits_for(peer_id, peer.pending):
+                replies += self._send_ahead(peer_id, peer.pending)
+            else:
                 replies.append((peer_id, self._reply(peer_id, peer.pending)))
                 peer.pending = None
         return replies
@@ -251,13 +255,25 @@ class DraftServer:
             request = self._requests.get((peer_id, request_id))
             if request is None:
                 continue
-            tree = request.tree
-            request.chunk_end = self._planner.chunk(tree).end
-            tokens = [tree.node(one).token for one in tree.path(request.chunk_end)]
-            q_ids, q_probs = request.distributions(request.chunk_end)
-            drafts.append(messages.Draft(request_id, tree.num_tokens, tokens, hit, q_ids, q_probs))
+            request.chunk_end = self._open_chunk(request).end
+            drafts.append(request.draft(request_id, hit))
             self._grow(request)
-        return messages.DraftBatch(pending.round, drafts, pending.unknown)
+        return messages.DraftBatch(pending.round, True, drafts, pending.unknown)
+
+    def _send_ahead(self, peer_id: bytes, pending: PendingReply) -> list[Reply]:
+        """The sampled drafts of a batch that waits, whenever one has grown."""
+        drafts = []
+        has_grown = False
+        for request_id, hit in pending.hits.items():
+            request = self._requests.get((peer_id, request_id))
+            if request is None or request.sampling is None:
+                continue
+            chunk = self._open_chunk(request)
+            has_grown |= chunk.num_tokens > pending.sent.get(request_id, 0)
+            pending.sent[request_id] = chunk.num_tokens
+            if chunk.num_tokens:
+                drafts.append(request.draft(request_id, hit, chunk.end))
+        return [(peer_id, messages.DraftBatch(pending.round, False, drafts, []))] if has_grown else []
 
     # --- drafting ---------------------------------------------------------------------------------------------------------
 
@@ -360,7 +376,7 @@ class DraftServer:
         awaited = self._awaited()
         for request_id, request in touched.items():
             if request_id in awaited:
-                self._extend_chunk(request)
+                self._open_chunk(request)
             else:
                 self._grow(request)
 
@@ -373,13 +389,19 @@ class DraftServer:
             for request_id in peer.pending.hits
         }
 
-    def _extend_chunk(self, request: DraftRequest) -> None:
-        """Append the draft's choice to a chunk that is still open."""
+    def _open_chunk(self, request: DraftRequest) -> Chunk:
+        """What could be submitted now, with the draft's choice appended where its last token has been fed.
+
+        Always appended: were it there for some choices only (because a branch starts with it, say), a look at the drawn token would
+        decide whether it is submitted (rule 2 of the design, section 3).
+        """
         chunk = self._planner.chunk(request.tree)
         node = request.tree.node(chunk.end)
-        if not chunk.is_complete and node.candidates is not None and not request.is_evicted:
-            request.extend(chunk.end, node.choice)
-            self.counters.num_drafted_tokens += 1
+        if chunk.is_complete or node.candidates is None or request.is_evicted:
+            return chunk
+        request.extend(chunk.end, node.choice)
+        self.counters.num_drafted_tokens += 1
+        return self._planner.chunk(request.tree)
 
     def _grow(self, request: DraftRequest) -> None:
         """Draft on below the branch point: candidates at the branch point itself, the draft's choices below them."""

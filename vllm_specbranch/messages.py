@@ -199,13 +199,18 @@ class Refused(_Wire, frozen=True):
 class DraftBatch(_Wire, frozen=True):
     """Server to engine: the reply to a `CommitBatch`.
 
+    While the server waits for longer chunks of sampled requests it sends what it has: should the reply come too late, whether a
+    token is verified must not depend on the tokens that were drawn after it (rule 2 of the design, section 3).
+
     Args:
         round: the round of the batch answered.
+        is_final: no more is to come for this round. What is not final holds sampled drafts only, and replaces what came before.
         drafts: one entry per request that is drafted for.
         unknown: ids that the batch named and the server does not know (it restarted, say).
     """
 
     round: Count
+    is_final: bool
     drafts: Drafts
     unknown: RequestIds
 

@@ -5,12 +5,14 @@ scheduled, and then go to every worker, so that all ranks of a tensor-parallel t
 EngineCore process.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
+from vllm.v1.request import Request
 
 from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds
 
@@ -29,7 +31,7 @@ class SpecBranchSchedulerOutput(SchedulerOutput):
 
 
 class SpecBranchScheduler(Scheduler):
-    """vLLM's scheduler; decides nothing differently."""
+    """vLLM's scheduler, except that draft tokens never take the KV blocks of requests when these run short."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -37,6 +39,7 @@ class SpecBranchScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SpecBranchSchedulerOutput:
         """Schedule as vLLM does; tell the workers how many requests wait, and what their draft tokens were drawn from."""
+        self._trim_drafts()
         output = super().schedule(throttle_prefills)
         _, num_waiting = self.get_request_counts()
         return SpecBranchSchedulerOutput(
@@ -44,6 +47,40 @@ class SpecBranchScheduler(Scheduler):
             num_waiting_requests=num_waiting,
             draft_distributions=self._distributions_of(output),
         )
+
+    def _trim_drafts(self) -> None:
+        """When KV blocks run short, cut every chunk to the slots that its request already holds.
+
+        vLLM would preempt a request for the blocks of draft tokens, and drop the preempted one's drafts. With chunks of different
+        lengths that is lossy: whether a token is verified would depend on how long a chunk was drawn after it (rule 2 of the
+        design, section 3). Room and condition here look at committed tokens only.
+        """
+        drafted = [request for request in self.running if request.spec_token_ids]
+        if not drafted:
+            return
+        most = self.num_spec_tokens + self.num_lookahead_tokens
+        num_wanted = sum(self._num_missing_blocks(request, most) for request in self.running)
+        if num_wanted <= self.kv_cache_manager.block_pool.get_num_free_blocks():
+            return
+        for request in drafted:
+            room = max(0, self._num_slots(request) - request.num_tokens - self.num_lookahead_tokens)
+            if room < len(request.spec_token_ids):
+                request.spec_token_ids = request.spec_token_ids[:room]
+
+    def _block_counts(self, request: Request) -> Iterator[tuple[int, int]]:
+        """(blocks held, block size) per KV cache group."""
+        groups = self.kv_cache_config.kv_cache_groups
+        tables = self.kv_cache_manager.get_block_ids(request.request_id)
+        for group, table in zip(groups, tables, strict=True):
+            yield len(table), group.kv_cache_spec.block_size
+
+    def _num_slots(self, request: Request) -> int:
+        return min(count * size for count, size in self._block_counts(request))
+
+    def _num_missing_blocks(self, request: Request, num_more: int) -> int:
+        """Blocks that a running request needs for its committed tokens and `num_more` draft tokens, beyond those it holds."""
+        num_tokens = request.num_tokens + num_more
+        return sum(max(0, -(-num_tokens // size) - count) for count, size in self._block_counts(request))
 
     def _distributions_of(self, output: SchedulerOutput) -> dict[str, ChunkDistributions]:
         """Of the draft tokens that a step verifies, those whose distributions are known and belong to just these tokens."""

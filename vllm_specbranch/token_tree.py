@@ -10,10 +10,34 @@ on the hot path: every call costs time in proportion to what it changes, never t
                                +-- e
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from vllm_specbranch.errors import TreeError
+
+# Prefixes are hashed as polynomials modulo a Mersenne prime: one multiplication a token.
+_PREFIX_MODULUS = 2**61 - 1
+_PREFIX_BASE = 1_000_003 * 998_244_353
+_PREFIX_INVERSE = pow(_PREFIX_BASE, -1, _PREFIX_MODULUS)
+
+
+def extend_prefix(prefix: int, token: int) -> int:
+    """The hash of a sequence of tokens, 0 for none, from that of all but the last; below 2**61."""
+    return (prefix * _PREFIX_BASE + token + 1) % _PREFIX_MODULUS
+
+
+def hash_prefix(tokens: Iterable[int], prefix: int = 0) -> int:
+    """The hash of `tokens` after what `prefix` stands for."""
+    for token in tokens:
+        prefix = (prefix * _PREFIX_BASE + token + 1) % _PREFIX_MODULUS
+    return prefix
+
+
+def shorten_prefix(prefix: int, withdrawn: Iterable[int]) -> int:
+    """The hash of a sequence without its last tokens; `withdrawn` names them, the very last first."""
+    for token in withdrawn:
+        prefix = (prefix - token - 1) * _PREFIX_INVERSE % _PREFIX_MODULUS
+    return prefix
 
 
 @dataclass(slots=True)
@@ -38,6 +62,7 @@ class Node:
         node_id: the tree's name for this node; never reused within a tree.
         token: the token id.
         position: 0-based index of the token in the whole sequence.
+        prefix: hash of all tokens of the sequence up to this one (`extend_prefix`).
         parent: node id of the parent, None for the root.
         children: node id of each child by its token; in insertion order, which is the rank order.
         candidates: what the draft model says comes next; None until the node has been fed to it.
@@ -49,6 +74,7 @@ class Node:
     node_id: int
     token: int
     position: int
+    prefix: int
     parent: int | None
     children: dict[int, int] = field(default_factory=dict)
     candidates: Candidates | None = None
@@ -96,7 +122,7 @@ class TokenTree:
         self._trunk: list[int] = list(tokens)
         self._nodes: dict[int, Node] = {}
         self._next_id = 0
-        self._root = self._plant_root()
+        self._root = self._plant_root(hash_prefix(tokens))
 
     def __len__(self) -> int:
         """The number of nodes, the root included."""
@@ -144,7 +170,7 @@ class TokenTree:
         parent = self.node(node_id)
         if token in parent.children:
             raise TreeError(f"token {token} is already child {parent.children[token]} of node {node_id}")
-        child_id = self._add(token, parent.position + 1, node_id)
+        child_id = self._add(token, parent.position + 1, extend_prefix(parent.prefix, token), node_id)
         parent.children[token] = child_id
         return child_id
 
@@ -223,7 +249,7 @@ class TokenTree:
             num_matched += 1
         self._trunk.extend(tokens)
         hit = num_matched == len(tokens)
-        removed = self._move_root(reached) if hit else self._replant()
+        removed = self._move_root(reached) if hit else self._replant(hash_prefix(tokens[num_matched:], reached.prefix))
         return CommitResult(hit, num_matched, reached.node_id, tuple(removed))
 
     def rollback(self, num_tokens: int) -> list[int]:
@@ -241,8 +267,10 @@ class TokenTree:
         if not 1 <= num_tokens <= len(self._trunk):
             raise TreeError(f"cannot roll back to {num_tokens} tokens, the trunk has {len(self._trunk)}")
         if num_tokens < len(self._trunk):
+            withdrawn = (self._trunk[index] for index in range(len(self._trunk) - 1, num_tokens - 1, -1))
+            prefix = shorten_prefix(self._nodes[self._root].prefix, withdrawn)
             del self._trunk[num_tokens:]
-            return self._replant()
+            return self._replant(prefix)
         root = self._nodes[self._root]
         branches = list(root.children.values())
         root.children.clear()
@@ -278,27 +306,29 @@ class TokenTree:
             child = self._nodes.get(child_id)
             if child is None:
                 raise TreeError(f"node {node.node_id} has child {child_id}, which is not in the tree")
-            expected = (child_id, token, node.position + 1, node.node_id)
-            found = (child.node_id, child.token, child.position, child.parent)
+            expected = (child_id, token, node.position + 1, extend_prefix(node.prefix, token), node.node_id)
+            found = (child.node_id, child.token, child.position, child.prefix, child.parent)
             if found != expected:
-                raise TreeError(f"child (id, token, position, parent) is {found}, its parent expects {expected}")
+                raise TreeError(
+                    f"child (id, token, position, prefix, parent) is {found}, its parent expects {expected}"
+                )
             if child_id >= self._next_id:
                 raise TreeError(f"node id {child_id} >= next id {self._next_id}")
 
-    def _add(self, token: int, position: int, parent: int | None) -> int:
+    def _add(self, token: int, position: int, prefix: int, parent: int | None) -> int:
         node_id = self._next_id
         self._next_id += 1
-        self._nodes[node_id] = Node(node_id, token, position, parent)
+        self._nodes[node_id] = Node(node_id, token, position, prefix, parent)
         return node_id
 
-    def _plant_root(self) -> int:
-        return self._add(self._trunk[-1], len(self._trunk) - 1, None)
+    def _plant_root(self, prefix: int) -> int:
+        return self._add(self._trunk[-1], len(self._trunk) - 1, prefix, None)
 
-    def _replant(self) -> list[int]:
+    def _replant(self, prefix: int) -> list[int]:
         """Drop all nodes and make the trunk's last token the root. Returns the removed ids."""
         removed = list(self._nodes)
         self._nodes.clear()
-        self._root = self._plant_root()
+        self._root = self._plant_root(prefix)
         return removed
 
     def _move_root(self, new_root: Node) -> list[int]:

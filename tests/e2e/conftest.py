@@ -38,7 +38,7 @@ def num_new_tokens() -> int:
 
 @pytest.fixture(scope="session")
 def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
-    """Run jobs in a fresh engine; returns what `tests.e2e.generate` wrote, with the log under `log`."""
+    """Run jobs in a fresh engine; returns what the runner module wrote, with the log under `log`."""
 
     def run(
         jobs: list[dict[str, Any]],
@@ -47,6 +47,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
         in_process: bool = False,
         expect_kill: bool = False,
         environment: dict[str, str] | None = None,
+        runner: str = "tests.e2e.generate",
         **engine: Any,
     ) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("engine")
@@ -72,7 +73,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
             variables |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
         with log.open("w") as stream:
             done = subprocess.run(
-                [sys.executable, "-m", "tests.e2e.generate", str(out)],
+                [sys.executable, "-m", runner, str(out)],
                 input=json.dumps(spec).encode(),
                 stdout=stream,
                 stderr=subprocess.STDOUT,

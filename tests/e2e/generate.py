@@ -1,8 +1,8 @@
 """One real engine in its own process: reads a job list as JSON from standard input, writes the answers as JSON to a file.
 
-Run by the `run_engine` fixture as `python -m tests.e2e.generate OUT`. A job generates some prompts greedily in batches of a size;
-it may kill or stop the draft server while tokens are being made. In its own process, so that the in-process engine and the
-multi-process one are tested alike, and nothing is shared between engines.
+Run by the `run_engine` fixture as `python -m tests.e2e.generate OUT`. A job generates some prompts in batches of a size, greedily
+or with the sampling parameters it gives; it may kill or stop the draft server while tokens are being made. In its own process, so
+that the in-process engine and the multi-process one are tested alike, and nothing is shared between engines.
 """
 
 import json
@@ -50,13 +50,16 @@ def settled_status(llm: Any) -> dict[str, Any]:
 def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=job["max_tokens"], ignore_eos=True)
+    common = {"max_tokens": job["max_tokens"], "ignore_eos": True}
+    sampling = job.get("sampling") or [{"temperature": 0.0}] * len(job["prompts"])
+    params = [SamplingParams(**common | one) for one in sampling]
     prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     answers: list[list[int]] = []
     disturbance = Disturbance(llm, job["disturb"]) if "disturb" in job else None
     started_s = time.perf_counter()
     for start in range(0, len(prompts), job["batch_size"]):
-        outputs = llm.generate(prompts[start : start + job["batch_size"]], params, use_tqdm=False)
+        end = start + job["batch_size"]
+        outputs = llm.generate(prompts[start:end], params[start:end], use_tqdm=False)
         answers += [list(output.outputs[0].token_ids) for output in outputs]
         if disturbance is not None and start == 0:
             disturbance.start()
@@ -65,7 +68,7 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     if disturbance is not None:
         result["events"] = disturbance.finish()
         time.sleep(job["disturb"].get("then_wait_s", 0.0))
-    if "speculative_config" in job:
+    if job.get("with_status"):
         result["status"] = llm.collective_rpc("specbranch_status")[0]
     return result
 

@@ -129,7 +129,7 @@ class Bench:
 
 
 def batch(number: int) -> messages.DraftBatch:
-    return messages.DraftBatch(number, [], [])
+    return messages.DraftBatch(number, True, [], [])
 
 
 def test_the_first_poll_starts_the_server_and_the_handshake_brings_it_up() -> None:

@@ -1,115 +1,17 @@
 """The draft server in memory: right tokens, no leaked block, a reply to every commit, whatever the engine does."""
 
 import random
-from dataclasses import dataclass, field
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.fakes import FakeDraftModel
+from tests.draft_engine import PEER, make_engine
 from vllm_specbranch import messages
-from vllm_specbranch.config import SpecBranchConfig
-from vllm_specbranch.draft_server import DraftServer, serve
+from vllm_specbranch.draft_server import serve
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import WireError
-from vllm_specbranch.kv_blocks import KVBlocks
-from vllm_specbranch.planner import Planner
 from vllm_specbranch.transport import memory_pair
-
-PEER = b"engine"
-BLOCK_SIZE = 4
-
-
-@dataclass
-class Clock:
-    """Time stands still unless a test moves it; each reading takes a microsecond."""
-
-    now_s: float = 0.0
-
-    def __call__(self) -> float:
-        self.now_s += 1e-6
-        return self.now_s
-
-
-@dataclass
-class Engine:
-    """The other side: keeps the true sequences and checks every reply against the draft model's own greedy chain."""
-
-    server: DraftServer
-    model: FakeDraftModel
-    gamma: int
-    top_k: int
-    sequences: dict[str, list[int]] = field(default_factory=dict)
-    drafts: dict[str, list[int]] = field(default_factory=dict)
-    hits: dict[str, bool] = field(default_factory=dict)
-    round: int = 0
-
-    def open(self, name: str, tokens: list[int]) -> None:
-        self.sequences[name] = list(tokens)
-        self.drafts[name] = []
-        assert self.server.handle(PEER, messages.StepBegin([messages.Open(name, tokens, None)], [])) == []
-
-    def close(self, name: str) -> None:
-        del self.sequences[name], self.drafts[name]
-        self.server.handle(PEER, messages.StepBegin([], [name]))
-
-    def run(self, num_steps: int) -> None:
-        for _ in range(num_steps):
-            replies, worked = self.server.step()
-            assert replies == []
-            self.server.check_integrity()
-            if not worked:
-                break
-
-    def commit(
-        self, outcomes: dict[str, tuple[int, list[int]]], max_wait_ms: float = 1e4, most_steps: int = 500
-    ) -> None:
-        """Commit `tokens` at `position` per request, collect the reply, check it."""
-        self.round += 1
-        commits = []
-        for name, (position, tokens) in outcomes.items():
-            self.sequences[name] = self.sequences[name][:position] + tokens
-            commits.append(messages.Commit(name, position, tokens, len(self.drafts[name])))
-        replies = self.server.handle(PEER, messages.CommitBatch(self.round, max_wait_ms, commits))
-        for _ in range(most_steps):
-            if replies:
-                break
-            replies, _ = self.server.step()
-        self.server.check_integrity()
-        assert len(replies) == 1, "a commit batch is answered once, in bounded work"
-        peer, batch = replies[0]
-        assert peer == PEER
-        assert isinstance(batch, messages.DraftBatch)
-        assert batch.round == self.round
-        assert batch.unknown == []
-        assert {draft.request_id for draft in batch.drafts} == set(outcomes)
-        for draft in batch.drafts:
-            sequence = self.sequences[draft.request_id]
-            assert draft.position == len(sequence)
-            assert len(draft.tokens) <= self.gamma
-            assert draft.tokens == self.model.chain(sequence, len(draft.tokens), self.top_k)
-            self.drafts[draft.request_id] = draft.tokens
-            self.hits[draft.request_id] = draft.hit
-
-    def follow(self, name: str, num_accepted: int, then: int | None = None) -> tuple[int, list[int]]:
-        """An outcome that accepts part of the chunk; then the draft's own next token, or `then`."""
-        sequence, draft = self.sequences[name], self.drafts[name]
-        accepted = draft[:num_accepted]
-        final = self.model.chain(sequence + accepted, 1, self.top_k)[0] if then is None else then
-        return len(sequence), [*accepted, final]
-
-
-def make_engine(num_blocks: int = 400, limits: Limits | None = None, **keys: object) -> Engine:
-    user: dict[str, object] = {"model": "draft", "num_speculative_tokens": 4, "max_branches": 4} | keys
-    if user.get("policy") == "pearl":
-        del user["max_branches"]
-    config = SpecBranchConfig.from_user(user)
-    model = FakeDraftModel(num_blocks, BLOCK_SIZE)
-    server = DraftServer(model, KVBlocks(num_blocks, BLOCK_SIZE), Planner(config), limits or Limits(), Clock())
-    replies = server.handle(PEER, messages.Hello("s", model.vocab_size, 500))
-    assert replies == [(PEER, messages.Ready("s", model.max_model_len, num_blocks, BLOCK_SIZE))]
-    return Engine(server, model, config.num_speculative_tokens, config.max_branches)
 
 
 @pytest.mark.parametrize("policy", ["pearl", "specbranch"])
@@ -183,7 +85,7 @@ def test_a_gap_makes_the_request_unknown_and_frees_it() -> None:
     engine.open("a", [1, 2, 3])
     engine.run(10)
     replies = engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 5, [1], 0)]))
-    assert replies == [(PEER, messages.DraftBatch(1, [], ["a"]))]
+    assert replies == [(PEER, messages.DraftBatch(1, True, [], ["a"]))]
     assert engine.server.kv.num_held == 0
     engine.server.check_integrity()
 
@@ -293,10 +195,11 @@ def test_serve_answers_until_told_to_stop_and_survives_a_refused_message() -> No
     on_miss=st.sampled_from(["auto", "go", "wait:2"]),
     num_blocks=st.sampled_from([12, 24, 60, 400]),
     gamma=st.integers(1, 6),
-    stop_rule=st.sampled_from(["none", "confidence"]),
+    stop_rule=st.sampled_from(["none", "confidence", "adaedl"]),
+    deterministic=st.booleans(),
 )
-def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_leaks_nothing(
-    seed: int, policy: str, on_miss: str, num_blocks: int, gamma: int, stop_rule: str
+def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_distributions_and_leaks_nothing(
+    seed: int, policy: str, on_miss: str, num_blocks: int, gamma: int, stop_rule: str, deterministic: bool
 ) -> None:
     rng = random.Random(seed)
     engine = make_engine(
@@ -306,10 +209,13 @@ def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_leaks_nothing
         on_miss=on_miss,
         num_speculative_tokens=gamma,
         stop_rule=stop_rule,
+        deterministic=deterministic,
     )
     for number in range(25):
         if len(engine.sequences) < 4 and rng.random() < 0.4:
-            engine.open(f"r{number}", [rng.randrange(50) for _ in range(rng.choice([1, 3, 4, 9, 30]))])
+            sampling = messages.Sampling(rng.choice([0.3, 1.0]), rng.choice([1, 4, 50]), rng.randrange(2**62))
+            prompt = [rng.randrange(50) for _ in range(rng.choice([1, 3, 4, 9, 30]))]
+            engine.open(f"r{number}", prompt, rng.choice([None, sampling]))
         engine.run(rng.choice([0, 1, 2, 5, 30]))
         outcomes = {}
         for name in list(engine.sequences):
@@ -326,5 +232,6 @@ def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_leaks_nothing
             engine.commit(outcomes, max_wait_ms=rng.choice([0.0, 1e4]))
     for name in list(engine.sequences):
         engine.close(name)
+    engine.run(100)
     assert engine.server.kv.num_held == 0
     engine.server.check_integrity()

@@ -48,7 +48,7 @@ ROOMS = {
     "draft_distributions": room("messages", "numpy vllm"),
     "draft_link": room("config errors messages metrics placement transport"),
     "draft_main": room(
-        "config draft_deterministic draft_model draft_server draft_work errors kv_blocks placement planner transport"
+        "config draft_deterministic draft_model draft_sampling draft_server draft_work errors kv_blocks placement planner transport"
     ),
     "draft_model": room("draft_runtime errors kv_blocks messages token_tree", "numpy torch vllm"),
     "draft_peers": room(),

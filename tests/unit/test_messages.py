@@ -42,7 +42,7 @@ TO_SERVER: list[Message] = [
 ]
 TO_ENGINE: list[Message] = [
     Ready("session", 4096, 512, 32),
-    DraftBatch(7, [Draft("a", 14, [8, 9], True, b"qids", b"qpro")], ["b"]),
+    DraftBatch(7, True, [Draft("a", 14, [8, 9], True, b"qids", b"qpro")], ["b"]),
     Status(3, 1, 2, 512, {"hits": 4}, {"forward": 1.5}),
     Failure("out of memory"),
 ]
@@ -101,7 +101,7 @@ def test_layout_on_the_wire_is_fixed() -> None:
     assert messages.PROTOCOL_VERSION == 1
     assert encode(StatusQuery(3)) == b"\x01\x92\xabStatusQuery\x03"
     assert plain(TO_SERVER[2]) == ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [5, 6], 3]]]
-    assert plain(TO_ENGINE[1]) == ["DraftBatch", 7, [["Draft", "a", 14, [8, 9], True, b"qids", b"qpro"]], ["b"]]
+    assert plain(TO_ENGINE[1]) == ["DraftBatch", 7, True, [["Draft", "a", 14, [8, 9], True, b"qids", b"qpro"]], ["b"]]
 
 
 def test_messages_cannot_be_changed() -> None:
@@ -250,7 +250,7 @@ def test_wrong_tokens_are_refused(wrong: object) -> None:
         (decode_for_engine, ["Ready", "s", 1, 0, 1]),
         (decode_for_engine, ["Ready", "s", 1, 1, 0]),
         (decode_for_engine, ["DraftBatch", -1, [], []]),
-        (decode_for_engine, ["DraftBatch", 1, [["Draft", "a", -1, [], True]], []]),
+        (decode_for_engine, ["DraftBatch", 1, True, [["Draft", "a", -1, [], True]], []]),
         (decode_for_engine, ["Status", -1, 0, 0, 0, {}, {}]),
         (decode_for_engine, ["Status", 0, -1, 0, 0, {}, {}]),
         (decode_for_engine, ["Status", 0, 0, -1, 0, {}, {}]),
@@ -276,8 +276,8 @@ def test_id_length_limit_is_exact() -> None:
         (lambda name: StepBegin([], [name]), decode_for_server),
         (lambda name: CommitBatch(1, 2.5, [Commit(name, 1, [1], 3)]), decode_for_server),
         (lambda name: Ready(name, 1, 1, 1), decode_for_engine),
-        (lambda name: DraftBatch(1, [Draft(name, 1, [1], True, b"", b"")], []), decode_for_engine),
-        (lambda name: DraftBatch(1, [], [name]), decode_for_engine),
+        (lambda name: DraftBatch(1, True, [Draft(name, 1, [1], True, b"", b"")], []), decode_for_engine),
+        (lambda name: DraftBatch(1, True, [], [name]), decode_for_engine),
     ):
         assert decode(encode(make(longest))) == make(longest)
         with pytest.raises(WireError, match="256"):
@@ -290,8 +290,8 @@ def test_list_length_limit_is_exact() -> None:
         (lambda n: StepBegin([Open("a", [1], None)] * n, []), decode_for_server),
         (lambda n: StepBegin([], ["a"] * n), decode_for_server),
         (lambda n: CommitBatch(1, 2.5, [Commit("a", 1, [1], 3)] * n), decode_for_server),
-        (lambda n: DraftBatch(1, [Draft("a", 1, [1], True, b"", b"")] * n, []), decode_for_engine),
-        (lambda n: DraftBatch(1, [], ["a"] * n), decode_for_engine),
+        (lambda n: DraftBatch(1, True, [Draft("a", 1, [1], True, b"", b"")] * n, []), decode_for_engine),
+        (lambda n: DraftBatch(1, True, [], ["a"] * n), decode_for_engine),
     ):
         assert decode(encode(make(4096))) == make(4096)
         with pytest.raises(WireError, match="4096"):
@@ -394,5 +394,5 @@ def test_sampling_out_of_range_is_refused(wrong: tuple[float, int, int]) -> None
 
 def test_distributions_have_a_limit() -> None:
     most = b"x" * (4 * messages.MAX_CHUNK * messages.MAX_TOP_M)
-    assert decode_for_engine(encode(DraftBatch(1, [Draft("a", 1, [1], True, most, most)], [])))
-    refused(decode_for_engine, ["DraftBatch", 1, [["Draft", "a", 1, [1], True, most + b"x", b""]], []])
+    assert decode_for_engine(encode(DraftBatch(1, True, [Draft("a", 1, [1], True, most, most)], [])))
+    refused(decode_for_engine, ["DraftBatch", 1, True, [["Draft", "a", 1, [1], True, most + b"x", b""]], []])

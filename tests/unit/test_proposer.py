@@ -124,7 +124,10 @@ def reply(
     round_number: int, drafts: dict[str, tuple[int, list[int]]], unknown: Sequence[str] = ()
 ) -> messages.DraftBatch:
     return messages.DraftBatch(
-        round_number, [messages.Draft(name, *draft, True, b"", b"") for name, draft in drafts.items()], list(unknown)
+        round_number,
+        True,
+        [messages.Draft(name, *draft, True, b"", b"") for name, draft in drafts.items()],
+        list(unknown),
     )
 
 

@@ -158,7 +158,7 @@ def test_messages_go_both_ways_in_order(pair: Pair) -> None:
     ]
     assert all(client.send(message) for message in sent)
     assert [server.recv(SOON_MS) for _ in sent] == [(peer, message) for message in sent]
-    replies = [READY, DraftBatch(1, [Draft("a", 3, [4], True, b"", b"")], ["c"]), Failure("why")]
+    replies = [READY, DraftBatch(1, True, [Draft("a", 3, [4], True, b"", b"")], ["c"]), Failure("why")]
     assert all(server.send(peer, reply) for reply in replies)
     assert [client.recv(SOON_MS) for _ in replies] == replies
     assert client.num_dropped == server.num_dropped == 0
@@ -227,7 +227,7 @@ def test_drain_forgets_what_has_arrived(pair: Pair) -> None:
     client, server = pair
     peer = introduce(client, server)
     for number in range(10):
-        assert server.send(peer, DraftBatch(number, [], []))
+        assert server.send(peer, DraftBatch(number, True, [], []))
     inject(server, peer, GARBAGE)
     time.sleep(0.1)  # A real socket's messages need a moment to arrive.
     client.drain()
@@ -444,7 +444,7 @@ def test_hung_client_blocks_neither_the_server_nor_other_clients(connect: Callab
     server, hung, client = bind(), connect(), connect()
     hung_peer, peer = introduce(hung, server), introduce(client, server)
     assert hung_peer != peer
-    large = DraftBatch(1, [Draft("a", 1, [100_000] * 20_000, True, b"", b"")], [])
+    large = DraftBatch(1, True, [Draft("a", 1, [100_000] * 20_000, True, b"", b"")], [])
     results: list[bool] = []
     start = time.monotonic()
     while (not results or results[-1]) and len(results) < 1000:
