@@ -52,8 +52,6 @@ MAX_ROWS = 256
 MAX_STEP_TOKENS = 512
 # vLLM's own limit: below it a request is greedy.
 GREEDY_TEMPERATURE = 1e-5
-# Above it every distribution is as good as flat; what the wire takes.
-MAX_TEMPERATURE = 1e6
 # Five bytes a token at most, so well below the limit of one message.
 MAX_TOKENS_PER_MESSAGE = 500_000
 
@@ -332,7 +330,7 @@ class Proposer:
         key = unseeded_key(self._seed, self._num_requests) if params.seed is None else seeded_key(params.seed)
         # What the target's top_k will never take need not be drafted.
         top_m = min(self._config.draft_top_m, params.top_k) if params.top_k > 0 else self._config.draft_top_m
-        return messages.Sampling(min(params.temperature, MAX_TEMPERATURE), top_m, key)
+        return messages.Sampling(params.temperature, top_m, key)
 
     def _send_step(self, opens: list[messages.Open], closes: list[str]) -> None:
         """Send opens and closes; after a restart all requests are opened at once, so large prompts get a message each."""

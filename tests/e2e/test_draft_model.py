@@ -17,6 +17,7 @@ from tests.model_paths import DRAFT
 from vllm_specbranch.draft_model import DraftModel, DraftModelSettings, Row
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
+from vllm_specbranch.messages import Sampling
 from vllm_specbranch.token_tree import Candidates
 
 TOP_K = 8
@@ -256,11 +257,32 @@ def test_ties_give_the_lowest_id_first() -> None:
     logits[0, [250, 40, 111]] = 3.0
     logits[1, [7, 8]] = torch.tensor([1.0, 2.0], dtype=torch.bfloat16)
     for top_k in (1, 2, 4, 300, 500):
-        ids, probs = top_candidates(logits, top_k)
+        ids, probs = top_candidates(logits, top_k, [None] * 3)
         assert [row[0] for row in ids] == logits.argmax(-1).tolist() == [40, 8, 0]
         assert all(len(row) == len(set(row)) == min(top_k, 300) for row in ids)
         expected = logits.float().softmax(-1).gather(1, torch.tensor(ids))
         torch.testing.assert_close(torch.tensor(probs), expected)
+
+
+def test_distributions_to_draw_from() -> None:
+    """Temperature, truncation and renormalisation per row, beside rows that are not sampled."""
+    from vllm_specbranch.draft_runtime import top_candidates
+
+    torch.manual_seed(0)
+    logits = torch.randn(5, 40) * 3
+    samplings = [None, Sampling(0.5, 8, 1), Sampling(2.0, 3, 1), None, Sampling(1.0, 1000, 1)]
+    for rows in ([0, 1, 2, 3, 4], [1, 2], [0, 3], [2, 0]):
+        ids, probs = top_candidates(logits[rows], 4, [samplings[row] for row in rows])
+        for row, row_ids, row_probs in zip(rows, ids, probs, strict=True):
+            one = samplings[row]
+            order = logits[row].argsort(descending=True).tolist()
+            size = 4 if one is None else min(one.top_m, 40)
+            assert row_ids == order[:size]
+            whole = (
+                logits[row].softmax(-1) if one is None else (logits[row][order[:size]] / one.temperature).softmax(-1)
+            )
+            expected = whole[order[:size]] if one is None else whole
+            torch.testing.assert_close(torch.tensor(row_probs), expected)
 
 
 def test_limits(model: DraftModel) -> None:

@@ -297,3 +297,58 @@ def test_closing_twice_is_fine() -> None:
     bench.link.close()
     assert bench.process.is_stopped
     assert not bench.link.is_up
+
+
+def ahead(number: int, num_tokens: int) -> messages.DraftBatch:
+    draft = messages.Draft("a", 5, list(range(num_tokens)), True, b"", b"")
+    return messages.DraftBatch(number, False, [draft], [])
+
+
+def test_what_was_sent_ahead_counts_when_the_reply_is_late() -> None:
+    bench = Bench()
+    bench.bring_up()
+    bench.say(ahead(1, 4))
+    bench.say(ahead(2, 1))
+    bench.say(ahead(2, 2))
+    reply = bench.link.receive(2, 50.0)
+    assert reply is not None
+    assert [draft.tokens for draft in reply.drafts] == [[0, 1]], "the newest of this round"
+    assert bench.counters.num_reply_timeouts == 1
+    assert bench.counters.num_late_replies == 0, "no reply was due for the first round any more"
+
+
+def test_the_reply_replaces_what_was_sent_ahead() -> None:
+    bench = Bench()
+    bench.bring_up()
+    bench.say(ahead(1, 2))
+    bench.say(batch(1))
+    assert bench.link.receive(1, 50.0) == batch(1)
+    assert bench.counters.num_reply_timeouts == 0
+
+
+def test_a_patient_wait_ends_with_the_reply() -> None:
+    bench = Bench()
+    bench.bring_up()
+    waiting = bench.channels[-1]
+    started_s = bench.clock.now_s
+    waiting.on_wait = lambda: bench.say(batch(1)) if bench.clock.now_s - started_s > 3.0 else None
+    assert bench.link.receive_patiently(1) == batch(1)
+    assert bench.clock.now_s - started_s > 3.0
+    assert bench.link.is_up
+    assert bench.counters.num_reply_timeouts == 0
+
+
+def test_a_patient_wait_ends_with_the_death_of_the_server_or_when_it_counts_as_dead() -> None:
+    bench = Bench()
+    bench.bring_up()
+    waiting = bench.channels[-1]
+    waiting.on_wait = bench.process.kill
+    started_s = bench.clock.now_s
+    assert bench.link.receive_patiently(1) is None
+    assert bench.clock.now_s - started_s < 0.5
+    bench = Bench()
+    bench.bring_up()
+    started_s = bench.clock.now_s
+    assert bench.link.receive_patiently(1) is None
+    assert bench.clock.now_s - started_s == pytest.approx(HUNG_S, abs=0.2)
+    assert not bench.link.is_up

@@ -235,3 +235,57 @@ def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_distributions
     engine.run(100)
     assert engine.server.kv.num_held == 0
     engine.server.check_integrity()
+
+
+def test_sampled_drafts_are_sent_ahead_while_the_reply_waits() -> None:
+    """So that a late reply cannot make the fate of a token depend on how long the chunk grew after it (rule 2)."""
+    engine = make_engine(stop_rule="none", on_miss="wait:4")
+    engine.open("drawn", [1, 2, 3], messages.Sampling(1.0, 8, 5))
+    engine.open("greedy", [1, 2, 4])
+    engine.run(100)
+    misses = {
+        name: next(token for token in range(50) if token not in root.children)
+        for name in engine.sequences
+        for request in [engine.server._requests[PEER, name]]
+        for root in [request.tree.node(request.tree.root)]
+    }
+    engine.commit({name: (3, [miss]) for name, miss in misses.items()})
+    assert {name: len(tokens) for name, tokens in engine.drafts.items()} == {"drawn": 4, "greedy": 4}
+    assert engine.num_ahead == 3, "after each of the first three tokens, of the sampled request only"
+
+
+def test_a_choice_that_is_no_branch_is_submitted_as_any_other() -> None:
+    """After a lost reply the branch point lies inside the chain: it has children, and the drawn token may not be one of them."""
+    lengths = []
+    for key in range(40):
+        engine = make_engine(stop_rule="none", on_miss="go", num_speculative_tokens=2)
+        engine.open("a", [1, 2, 3], messages.Sampling(1.0, 8, key))
+        engine.run(100)
+        engine.commit({"a": engine.follow("a", 0)})
+        engine.run(100)
+        engine.commit({"a": engine.follow("a", 1)})
+        engine.run(100)
+        first = engine.drafts["a"][:1]
+        if not first:
+            continue
+        # The reply was lost: the target went on alone, and said what had been drafted first.
+        engine.drafts["a"] = []
+        engine.commit({"a": (len(engine.sequences["a"]), first)})
+        lengths.append(len(engine.drafts["a"]))
+    assert len(lengths) > 10
+    assert min(lengths) >= 1
+
+
+def test_narrowing_keeps_the_chunk() -> None:
+    engine = make_engine(stop_rule="none")
+    engine.open("a", [1, 2, 3], messages.Sampling(1.0, 8, 1))
+    request = engine.server._requests[PEER, "a"]
+    engine.run(1)
+    root = request.tree.node(request.tree.root)
+    assert root.candidates is not None
+    for token in root.candidates.token_ids:
+        if token not in root.children:
+            request.extend(request.tree.root, token)
+    request.narrow()
+    assert list(root.children) == [root.choice]
+    engine.server.check_integrity()

@@ -1,5 +1,6 @@
 """The policies on hand-made trees."""
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -138,3 +139,57 @@ def test_a_longer_chunk_is_never_more_worth_waiting_for(
     longer = [Chunk(0, 2, False, survival / 2) for survival in survivals]
     if rule.worth_waiting(longer, costs):
         assert rule.worth_waiting([Chunk(0, 1, False, survival) for survival in survivals], costs)
+
+
+def test_branches_are_the_best_candidates_not_what_was_drawn() -> None:
+    """Rule 4 of the design: which branch survives is a look-up among deterministic candidates."""
+    tree = TokenTree([7])
+    feed(tree, tree.root, (10, 30, 50), (0.4, 0.35, 0.25), choice=2)
+    rule = planner(max_branches=4)
+    assert rule.forks(tree, tree.root) == [10, 30]
+    assert rule.forks(tree, tree.root, most=1) == [10]
+    assert list(rule.extensions(tree, tree.root)) == [], "at the branch point itself nothing is drawn"
+    leaf = tree.extend(tree.root, 10)
+    feed(tree, leaf, (11, 31), (0.9, 0.1), choice=1)
+    assert list(rule.extensions(tree, tree.root)) == [(leaf, 31)], "below it the choice goes on"
+
+
+def test_a_chunk_follows_what_was_drawn() -> None:
+    tree = TokenTree([7])
+    node = tree.root
+    for index in range(3):
+        feed(tree, node, (10 + index, 30 + index), (0.9, 0.1), choice=1)
+        tree.extend(node, 10 + index)
+        node = tree.extend(node, 30 + index)
+    assert tokens(tree, planner().chunk(tree)) == [30, 31, 32]
+
+
+@pytest.mark.parametrize(
+    ("probs", "expected"),
+    [
+        ((1.0,), 1.0),
+        ((0.5, 0.5), 1.0 - math.sqrt(0.2 * math.log(2))),
+        ((0.25, 0.25, 0.25, 0.25), 1.0 - math.sqrt(0.2 * math.log(4))),
+        ((0.5, 0.25), 1.0 - math.sqrt(0.2 * 1.5 * math.log(2))),
+        ((0.002,) * 500, 0.0),
+    ],
+)
+def test_adaedl_s_bound(probs: tuple[float, ...], expected: float) -> None:
+    """1 - sqrt(0.2 H), arXiv:2410.18351; what is missing from the probabilities counts as one outcome; never below 0."""
+    rule = planner(stop_rule="adaedl")
+    assert rule.score(Candidates(tuple(range(len(probs))), probs)) == pytest.approx(expected)
+    assert rule.num_candidates == 64, "entropy needs more candidates than there are branches"
+
+
+def test_a_score_does_not_change_with_the_names_of_the_tokens() -> None:
+    for name in ("confidence", "adaedl", "none"):
+        rule = planner(stop_rule=name)
+        assert rule.score(Candidates((1, 2), (0.7, 0.3))) == rule.score(Candidates((9, 4), (0.7, 0.3)))
+
+
+def test_without_time_a_miss_waits_for_a_fixed_number_of_tokens() -> None:
+    rule = planner(deterministic=True, num_speculative_tokens=6)
+    lengths = [length for length in range(7) if rule.wants_more(Chunk(0, length, False, 1e-9), hit=False)]
+    assert lengths == [0, 1, 2, 3]
+    assert not rule.wants_more(Chunk(0, 0, False, 1.0), hit=True)
+    assert rule.worth_waiting([Chunk(0, 0, False, 1e-9)], WaitCosts(1e9, 1e-9, 0.0, 100)), "whatever it costs"

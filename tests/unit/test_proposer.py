@@ -1,17 +1,21 @@
 """The proposer's messages, step by step, with a scripted line in place of the draft server."""
 
+from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from vllm import SamplingParams
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.output import CachedRequestData
 
 from vllm_specbranch import messages, proposer
 from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds
+from vllm_specbranch.draft_sampling import seeded_key, unseeded_key
 from vllm_specbranch.proposer import Proposer
 from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
 from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
@@ -47,6 +51,9 @@ class Line:
             raise RuntimeError("a bug of ours")
         self.timeouts_ms.append(timeout_ms)
         return self.replies.pop(0)
+
+    def receive_patiently(self, round_number: int) -> messages.DraftBatch | None:
+        return self.receive(round_number, float("inf"))
 
     def close(self) -> None:
         self.is_closed = True
@@ -285,3 +292,95 @@ def test_a_failure_of_ours_ends_drafting_not_the_engine(
     assert bench.propose({"a": [3], "b": []}) == [[], []]
     assert bench.proposer.take_draft_token_ids() is None
     assert sum("goes on without drafts" in record.message for record in caplog.records) == 1
+
+
+def opened(bench: Bench) -> messages.Open:
+    (message,) = bench.line.take()
+    assert isinstance(message, messages.StepBegin)
+    (one,) = message.opens
+    return one
+
+
+def open_with(bench: Bench, name: str, **params: Any) -> messages.Sampling | None:
+    bench.begin({name: [1, 2, 3]}, params={name: SamplingParams(**params)})
+    return opened(bench).sampling
+
+
+def test_how_the_drafts_of_a_request_are_drawn(bench: Bench) -> None:
+    assert open_with(bench, "greedy", temperature=0.0) is None
+    sampling = open_with(bench, "sampled", temperature=0.7)
+    assert sampling is not None
+    assert (sampling.temperature, sampling.top_m) == (0.7, 64)
+    capped = open_with(bench, "top_k", temperature=0.7, top_k=5)
+    assert capped is not None and capped.top_m == 5
+    hot = open_with(bench, "hot", temperature=2.0)
+    assert hot is not None
+    messages.decode_for_server(messages.encode(messages.StepBegin([messages.Open("hot", [1], hot)], [])))
+
+
+def test_structured_output_is_drafted_for_greedily(bench: Bench) -> None:
+    """vLLM cuts its chunks by looking at the drawn tokens (rule 2)."""
+    structured = StructuredOutputsParams(choice=["a", "b"])
+    assert open_with(bench, "a", temperature=1.0, structured_outputs=structured) is None
+
+
+def test_streams(bench: Bench) -> None:
+    """By the seed where there is one, whatever the request is called; else by the order of arrival; never the seed itself."""
+
+    def key(name: str, **params: Any) -> int:
+        sampling = open_with(bench, name, temperature=1.0, **params)
+        assert sampling is not None
+        return sampling.key
+
+    assert key("a", seed=3) == key("b", seed=3) == seeded_key(3) != 3
+    assert key("c", seed=4) != seeded_key(3)
+    assert key("d") == unseeded_key(0, 4)
+    assert key("e") == unseeded_key(0, 5)
+
+
+def test_a_request_is_opened_again_with_the_stream_it_had(bench: Bench) -> None:
+    first = open_with(bench, "a", temperature=1.0)
+    bench.line.generation = 2
+    bench.begin()
+    bench.propose({"a": [4]})
+    assert opened(bench) == messages.Open("a", [1, 2, 3, 4], first)
+    bench.begin(finished=["a"])
+    assert bench.proposer._sampling == {}
+
+
+def test_distributions_go_to_the_scheduler_with_their_drafts_and_unsound_ones_do_not(bench: Bench) -> None:
+    bench.begin({"a": [1], "b": [1, 2], "c": [3]})
+    bench.propose({"a": [4], "b": [4], "c": [4]})
+    ids, probs = array("i", [5, 6, 7, 8]).tobytes(), array("f", [0.5, 0.5, 0.25, 0.75]).tobytes()
+    bench.line.replies = [
+        messages.DraftBatch(
+            1,
+            True,
+            [
+                messages.Draft("a", 2, [6, 8], True, ids, probs),
+                messages.Draft("b", 3, [6, 9], True, ids, probs),
+                messages.Draft("c", 2, [6], True, b"", b""),
+            ],
+            [],
+        )
+    ]
+    drafts = bench.proposer.take_draft_token_ids()
+    assert isinstance(drafts, SampledDraftTokenIds)
+    assert drafts.draft_token_ids == [[6, 8], [6, 9], [6]], "all are verified, those without a distribution as one-hot"
+    assert drafts.distributions == {"a": ChunkDistributions(2, (6, 8), ids, probs)}
+    assert bench.proposer.counters.num_unsound_distributions == 1
+
+
+def test_deterministic_drafting_waits_for_its_reply_and_greedy_drafting_draws_nothing(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.proposer, "_config", replace(bench.proposer._config, deterministic=True))
+    bench.begin({"a": [1]})
+    bench.propose({"a": [4]})
+    bench.line.replies = [reply(1, {"a": (2, [5])})]
+    drafts = bench.proposer.take_draft_token_ids()
+    assert drafts is not None and drafts.draft_token_ids == [[5]]
+    assert bench.line.timeouts_ms == [float("inf")]
+    bench.line.take()
+    monkeypatch.setattr(bench.proposer, "_config", replace(bench.proposer._config, draft_sample_method="greedy"))
+    assert open_with(bench, "b", temperature=1.0) is None

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vllm_specbranch.errors import TreeError
-from vllm_specbranch.token_tree import Candidates, CommitResult, TokenTree
+from vllm_specbranch.token_tree import Candidates, CommitResult, TokenTree, extend_prefix, hash_prefix, shorten_prefix
 
 UNKNOWN_NODE = 10**9
 
@@ -208,3 +210,25 @@ def test_check_integrity_finds(trouble: str) -> None:
         tree._next_id = below
     with pytest.raises(TreeError, match=r"\d"):
         tree.check_integrity()
+
+
+def test_a_prefix_is_hashed_by_its_tokens_whatever_became_of_them_on_the_way() -> None:
+    """Drafted, committed as a hit or a miss, withdrawn and committed again: only which tokens they are counts."""
+    assert extend_prefix(hash_prefix([5, 0]), 7) == hash_prefix([5, 0, 7]) == hash_prefix([0, 7], hash_prefix([5]))
+    tree = TokenTree([5, 0])
+    drafted = tree.extend(tree.extend(tree.root, 7), 8)
+    assert tree.node(drafted).prefix == hash_prefix([5, 0, 7, 8])
+    tree.commit([7])
+    assert tree.node(tree.root).prefix == hash_prefix([5, 0, 7])
+    tree.commit([8, 9, 1])
+    assert tree.node(tree.root).prefix == hash_prefix([5, 0, 7, 8, 9, 1])
+    tree.rollback(3)
+    assert tree.node(tree.root).prefix == hash_prefix([5, 0, 7])
+    assert len({hash_prefix(tokens) for tokens in ([], [0], [0, 0], [1], [0, 1], [1, 0])}) == 6
+
+
+@given(st.lists(st.integers(0, 2**31 - 1), max_size=20), st.integers(0, 20))
+def test_a_hash_can_be_shortened(tokens: list[int], count: int) -> None:
+    kept = tokens[: max(0, len(tokens) - count)]
+    withdrawn = tokens[len(kept) :]
+    assert shorten_prefix(hash_prefix(tokens), reversed(withdrawn)) == hash_prefix(kept)
