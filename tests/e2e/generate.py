@@ -55,6 +55,8 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     params = [SamplingParams(**common | one) for one in sampling]
     prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     answers: list[list[int]] = []
+    if job.get("with_ranks"):
+        llm.collective_rpc(record_verification)
     disturbance = Disturbance(llm, job["disturb"]) if "disturb" in job else None
     started_s = time.perf_counter()
     for start in range(0, len(prompts), job["batch_size"]):
@@ -68,9 +70,30 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     if disturbance is not None:
         result["events"] = disturbance.finish()
         time.sleep(job["disturb"].get("then_wait_s", 0.0))
+    if job.get("with_ranks"):
+        result["verified_by_rank"] = llm.collective_rpc(verified_by_rank)
     if job.get("with_status"):
         result["status"] = llm.collective_rpc("specbranch_status")[0]
     return result
+
+
+def record_verification(worker: Any) -> None:
+    """Keep what each step's verification samples; runs in a target worker."""
+    sampler = worker.model_runner.rejection_sampler
+    forward, worker.verified = sampler.forward, []
+
+    def recording(metadata: Any, draft_probs: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(metadata, draft_probs, *args, **kwargs)
+        worker.verified.append((output.sampled_token_ids.tolist(), draft_probs is not None))
+        return output
+
+    sampler.forward = recording
+
+
+def verified_by_rank(worker: Any) -> list[tuple[list[list[int]], bool]]:
+    """Per step (sampled tokens per request, -1 for none; whether there were draft probabilities); runs in a target worker."""
+    verified: list[tuple[list[list[int]], bool]] = worker.verified
+    return verified
 
 
 class Disturbance(threading.Thread):
