@@ -1,4 +1,9 @@
-"""Hook into vLLM's V1 model runner (CPU and GPU): the draft distributions that verification uses."""
+"""Hooks into vLLM's V1 model runner: the draft distributions that verification uses; and a bug of its CPU use.
+
+The bug: a request with a seed whose prompt is prefilled in chunks ends the engine. After each chunk but the last vLLM
+throws the sampled token away and turns the request's random generator back (`set_offset`), which generators on a CPU
+cannot do.
+"""
 
 import functools
 from collections.abc import Callable
@@ -22,6 +27,23 @@ def _ask_scorer(original: Callable[..., Any]) -> Callable[..., Any]:
     return _get_spec_decode_draft_probs
 
 
+def _spare_generators(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def sample_tokens(self: Any, grammar_output: Any) -> Any:
+        # A generator that is not used need not be turned back: rows whose token is thrown away do without their own.
+        generators = self.input_batch.generators
+        spared: dict[int, Any] = {}
+        if generators and self.device.type == "cpu":
+            discarded = self.discard_request_mask.np[: self.input_batch.num_reqs].nonzero()[0].tolist()
+            spared = {row: generators.pop(row) for row in discarded if row in generators}
+        try:
+            return original(self, grammar_output)
+        finally:
+            generators.update(spared)
+
+    return sample_tokens
+
+
 PATCHES = (
     Patch(
         symbol="vllm.v1.worker.gpu_model_runner:GPUModelRunner._get_spec_decode_draft_probs",
@@ -32,5 +54,15 @@ PATCHES = (
         remove_when="vLLM's custom proposers can return draft probabilities.",
         fingerprints={"0.32.0": "c0428a03744bf6a8b6f60e2f368fb44a19c372f6c63b6d47c29310687a2f1320"},
         make=_ask_scorer,
+    ),
+    Patch(
+        symbol="vllm.v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens",
+        kind="wrap",
+        process="worker",
+        why="On CPU a request with a seed and a chunked prefill ends the engine: `_bookkeeping_sync` calls `set_offset`"
+        " on a generator that has none. Plain vLLM is hit as well.",
+        remove_when="vLLM's `_bookkeeping_sync` leaves CPU generators alone or restores their state.",
+        fingerprints={"0.32.0": "de9d8fe0b0e65a1635ba1c6c6a0ddfb5478257ae1cd2f17781ef9efe7947a961"},
+        make=_spare_generators,
     ),
 )

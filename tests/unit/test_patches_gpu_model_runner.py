@@ -4,6 +4,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from vllm_specbranch.patches import gpu_model_runner
@@ -41,3 +42,46 @@ def test_our_proposer_s_scorer_is_asked() -> None:
 def test_other_drafters_keep_vllm_s_way() -> None:
     other = runner(object())
     assert hook(other, "metadata") == ("vLLM", other, "metadata")
+
+
+class OffsetlessGenerator:
+    """A CPU generator, as far as vLLM's bookkeeping is concerned."""
+
+    def get_offset(self) -> int:
+        raise RuntimeError("CPU Generator does not use offset")
+
+
+def sampling_runner(device: str) -> Any:
+    """Three rows with a generator, one without; the tokens of rows 1 and 3 are thrown away."""
+    generators = {row: OffsetlessGenerator() for row in (0, 1, 2)}
+    mask = SimpleNamespace(np=np.array([False, True, False, True, True]))
+    batch = SimpleNamespace(generators=generators, num_reqs=4)
+    return SimpleNamespace(input_batch=batch, discard_request_mask=mask, device=SimpleNamespace(type=device))
+
+
+def sample(runner: Any, broken: bool = False) -> list[int]:
+    """Run the wrapped `sample_tokens`; returns the rows whose generators it could see."""
+    seen: list[int] = []
+
+    def original(self: Any, grammar_output: object) -> str:
+        seen.extend(self.input_batch.generators)
+        if broken:
+            raise ValueError("sampling failed")
+        return f"sampled with {grammar_output}"
+
+    assert gpu_model_runner.PATCHES[1].make(original)(runner, "grammar") == "sampled with grammar"
+    return seen
+
+
+def test_rows_whose_token_is_thrown_away_do_without_their_generator() -> None:
+    runner = sampling_runner("cpu")
+    before = dict(runner.input_batch.generators)
+    assert sample(runner) == [0, 2]
+    assert runner.input_batch.generators == before
+    with pytest.raises(ValueError, match="sampling failed"):
+        sample(runner, broken=True)
+    assert runner.input_batch.generators == before
+
+
+def test_where_generators_can_be_turned_back_vllm_does_it() -> None:
+    assert sample(sampling_runner("cuda")) == [0, 1, 2]
