@@ -1,0 +1,104 @@
+"""Hundreds of random requests against one engine with a small KV cache: right, complete, and nothing left behind."""
+
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import RunEngine
+from tests.e2e.soak import make_requests
+
+NUM_REQUESTS = 250
+CONTEXT = 256
+# What allocators may add on the second day, per process.
+MOST_GROWTH = 8 << 20
+
+
+@pytest.fixture(scope="module")
+def job(prompts: list[list[int]]) -> dict[str, Any]:
+    return {"seed": 3, "num_requests": NUM_REQUESTS, "context": CONTEXT, "prompts": prompts}
+
+
+@pytest.fixture(scope="module")
+def day(run_engine: RunEngine, job: dict[str, Any]) -> dict[str, Any]:
+    """28 blocks for requests of up to 8 blocks each; prompts are prefilled in chunks; three priorities."""
+    return run_engine(
+        [job],
+        speculative={"num_speculative_tokens": 6},
+        runner="tests.e2e.soak",
+        in_process=True,
+        environment={"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"},
+        max_model_len=CONTEXT,
+        max_num_seqs=64,
+        max_num_batched_tokens=128,
+        num_gpu_blocks_override=28,
+        scheduling_policy="priority",
+    )
+
+
+def test_greedy_answers_are_plain_vllm_s(run_engine: RunEngine, job: dict[str, Any], day: dict[str, Any]) -> None:
+    plain = run_engine(
+        [job], runner="tests.e2e.soak", in_process=True, max_model_len=CONTEXT, scheduling_policy="priority"
+    )
+    requests = make_requests(job)
+    compared = 0
+    for number, expected in plain["answers"].items():
+        answers = day["answers"].get(number)
+        if answers is None:
+            assert requests[int(number)]["abort"] is not None, f"request {number} is lost"
+        else:
+            assert answers == [expected], f"request {number}"
+            compared += 1
+    assert compared > 0.3 * NUM_REQUESTS
+
+
+def test_every_other_answer_is_well_formed_and_no_request_is_lost(job: dict[str, Any], day: dict[str, Any]) -> None:
+    for number, request in enumerate(make_requests(job)):
+        answers = day["answers"].get(str(number))
+        if answers is None:
+            assert request["abort"] is not None, f"request {number} is lost"
+            continue
+        params = request["params"]
+        room = min(params["max_tokens"], CONTEXT - len(request["prompt"]))
+        assert len(answers) == params.get("n", 1)
+        for answer, reason, num_logprobs in zip(
+            answers, day["reasons"][str(number)], day["num_logprobs"][str(number)], strict=True
+        ):
+            assert reason in ("stop", "length")
+            assert 1 <= len(answer) <= room
+            assert (len(answer) == room) or reason == "stop"
+            assert all(0 <= token < 4096 for token in answer)
+            if "allowed_token_ids" in params:
+                assert set(answer) <= set(params["allowed_token_ids"])
+            assert num_logprobs == (len(answer) if "logprobs" in params else None)
+
+
+def test_greedy_answers_are_the_same_on_both_days(job: dict[str, Any], day: dict[str, Any]) -> None:
+    again = day["first_day"]["answers"]
+    for number, request in enumerate(make_requests(job)):
+        if request["params"]["temperature"] == 0.0 and request["abort"] is None:
+            assert again[str(number)] == day["answers"][str(number)]
+
+
+def test_the_day_was_a_hard_one(day: dict[str, Any]) -> None:
+    engine = day["status"]["engine"]
+    assert day["num_aborted"] > 0.1 * NUM_REQUESTS
+    assert day["metrics"]["vllm:num_preemptions"] > 10
+    assert engine["num_accepted_tokens"] > 500
+    assert engine["num_sampled_outcomes"] > 500
+    assert engine["num_foreign_drafts"] == engine["num_unsound_distributions"] == 0
+
+
+def test_all_blocks_are_back_on_both_sides(day: dict[str, Any]) -> None:
+    free, total = day["blocks"]
+    assert free == total
+    assert (day["status"]["num_requests"], day["status"]["num_blocks_held"]) == (0, 0)
+
+
+def test_memory_does_not_grow_over_the_last_half(day: dict[str, Any]) -> None:
+    """The last half is the second day: it brings nothing that the first one did not."""
+    first, second = day["first_day"]["memory"], day["memory"]
+    assert len(second) >= 4
+    for pid in second[0]:
+        assert all(pid in sample for sample in (*first, *second)), "no process came or went"
+        print(f"process {pid}, MiB:", [sample[pid] >> 20 for sample in (*first, *second)])
+        assert second[-1][pid] - first[-1][pid] < MOST_GROWTH
