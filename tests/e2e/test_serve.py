@@ -2,108 +2,24 @@
 
 import asyncio
 import json
-import os
-import socket
 import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
 
-from tests.e2e.conftest import BLOCK_SIZE, MAX_MODEL_LEN, last_core
-from tests.model_paths import DRAFT, REPOSITORY, TARGET
-
-START_TIMEOUT_S = 300.0
-VLLM = str(Path(sys.executable).with_name("vllm"))
-CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
-@dataclass
-class Server:
-    url: str
-    log: Path
-
-    def call(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            text = reply.read()
-        return json.loads(text) if text.startswith((b"{", b"[")) else text.decode()
-
-    def status(self) -> dict[str, Any]:
-        """The worker's own report; the endpoint exists in vLLM's development mode only."""
-        answer = self.call("/collective_rpc", {"method": "specbranch_status"})["results"][0]
-        status: dict[str, Any] = json.loads(answer) if isinstance(answer, str) else answer
-        return status
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
+from tests.e2e.conftest import last_core
+from tests.e2e.serving import VLLM, Server, serving, stream_completion
+from tests.model_paths import TARGET
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("serve")
-    settings = folder / "settings.json"
-    settings.write_text(json.dumps({"model": DRAFT, "num_speculative_tokens": 8, "draft_cpu_cores": last_core()}))
-    port = free_port()
-    command = [VLLM, "serve", TARGET, "--speculative-config", "specbranch", "--api-server-count", "2"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pair", "--dtype", "float32"]
-    command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", "16", "--block-size", str(BLOCK_SIZE)]
-    command += ["--enforce-eager", "--seed", "0", "--chat-template", CHAT_TEMPLATE]
-    environment = dict(os.environ) | {"VLLM_SPECBRANCH_CONFIG": str(settings), "VLLM_SERVER_DEV_MODE": "1"}
-    running = Server(f"http://127.0.0.1:{port}", folder / "log.txt")
-    with running.log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=REPOSITORY)
-    try:
-        wait_until_healthy(running, process)
+    with serving(tmp_path_factory.mktemp("serve"), ["--api-server-count", "2"], last_core()) as running:
         yield running
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def wait_until_healthy(server: Server, process: "subprocess.Popen[bytes]") -> None:
-    until = time.monotonic() + START_TIMEOUT_S
-    while True:
-        assert process.poll() is None, f"the server ended:\n{server.log.read_text()[-6000:]}"
-        assert time.monotonic() < until, f"the server did not start:\n{server.log.read_text()[-6000:]}"
-        try:
-            server.call("/health")
-        except (urllib.error.URLError, ConnectionError, TimeoutError):
-            time.sleep(0.5)
-        else:
-            return
-
-
-async def stream_completion(client: AsyncOpenAI, prompt: list[int], max_tokens: int) -> tuple[list[int], int]:
-    """(token ids, number of streamed chunks that carried tokens)."""
-    extra = {"ignore_eos": True, "return_token_ids": True}
-    stream = await client.completions.create(
-        model="pair", prompt=prompt, max_tokens=max_tokens, temperature=0.0, stream=True, extra_body=extra
-    )
-    token_ids: list[int] = []
-    num_chunks = 0
-    async for chunk in stream:
-        for choice in chunk.choices:
-            new = (choice.model_extra or {}).get("token_ids") or []
-            token_ids += new
-            num_chunks += bool(new)
-    return token_ids, num_chunks
 
 
 def assert_idle(server: Server) -> dict[str, Any]:
@@ -182,10 +98,4 @@ def test_vllm_bench_serve_completes(server: Server, tmp_path: Path) -> None:
 
 
 def test_vllms_own_counters_see_the_drafts(server: Server) -> None:
-    text = server.call("/metrics")
-    values = [
-        float(line.split()[-1])
-        for line in text.splitlines()
-        if line.startswith("vllm:spec_decode_num_accepted_tokens_total")
-    ]
-    assert sum(values) > 0
+    assert sum(server.metric("vllm:spec_decode_num_accepted_tokens_total")) > 0
