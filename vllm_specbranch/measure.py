@@ -157,7 +157,12 @@ class Engine:
         return self._ask(Encode(list(texts)), Encoded).token_ids
 
     def run(
-        self, prompts: Sequence[Sequence[int]], max_tokens: int, batch_size: int = 1, temperature: float = 0.0
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        batch_size: int = 1,
+        temperature: float = 0.0,
+        first_seed: int | None = None,
     ) -> RunResult:
         """Generate and measure.
 
@@ -166,11 +171,13 @@ class Engine:
             max_tokens: exactly so many for each prompt; the end-of-sequence token does not end a request.
             batch_size: prompts in the engine at the same time.
             temperature: 0 is greedy.
+            first_seed: seed of the first request, one more for each following; None for requests without seeds.
 
         Raises:
             MeasureError: the engine died, failed, or took too long.
         """
-        return self._ask(Run([list(one) for one in prompts], max_tokens, batch_size, temperature), RunResult)
+        command = Run([list(one) for one in prompts], max_tokens, batch_size, temperature, first_seed)
+        return self._ask(command, RunResult)
 
     def ask_to_stop(self) -> None:
         """Tell the child to end; `close` waits for that. Several engines end faster when all are told first."""

@@ -93,12 +93,15 @@ def _drive(engine: Any, command: Run) -> tuple[list[RequestTrace], float, int]:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
-    parameters = SamplingParams(
-        temperature=command.temperature,
-        max_tokens=command.max_tokens,
-        ignore_eos=True,
-        output_kind=RequestOutputKind.DELTA,
-    )
+    def parameters(index: int) -> SamplingParams:
+        return SamplingParams(
+            temperature=command.temperature,
+            seed=None if command.first_seed is None else command.first_seed + index,
+            max_tokens=command.max_tokens,
+            ignore_eos=True,
+            output_kind=RequestOutputKind.DELTA,
+        )
+
     traces = [RequestTrace(0.0, [], [], [], "") for _ in command.prompts]
     waiting = list(reversed(range(len(command.prompts))))
     texts: dict[int, list[str]] = {index: [] for index in waiting}
@@ -109,7 +112,7 @@ def _drive(engine: Any, command: Run) -> tuple[list[RequestTrace], float, int]:
         while waiting and num_running < command.batch_size:
             index = waiting.pop()
             traces[index] = RequestTrace(time.perf_counter() - started_s, [], [], [], "")
-            engine.add_request(str(index), {"prompt_token_ids": command.prompts[index]}, parameters)
+            engine.add_request(str(index), {"prompt_token_ids": command.prompts[index]}, parameters(index))
             num_running += 1
         outputs = engine.step()
         now_s = time.perf_counter() - started_s

@@ -43,12 +43,17 @@ class Encode(msgspec.Struct, tag=True, frozen=True):
 
 
 class Run(msgspec.Struct, tag=True, frozen=True):
-    """Command: generate `max_tokens` for each prompt, at most `batch_size` prompts at a time."""
+    """Command: generate `max_tokens` for each prompt, at most `batch_size` prompts at a time.
+
+    Attributes:
+        first_seed: seed of the first request, one more for each following; None for requests without seeds.
+    """
 
     prompts: list[list[int]]
     max_tokens: int
     batch_size: int
     temperature: float
+    first_seed: int | None = None
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
