@@ -8,6 +8,7 @@ that the in-process engine and the multi-process one are tested alike, and nothi
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -57,6 +58,7 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     answers: list[list[int]] = []
     if job.get("with_ranks"):
         llm.collective_rpc(record_verification)
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if job.get("busy") else None
     disturbance = Disturbance(llm, job["disturb"]) if "disturb" in job else None
     started_s = time.perf_counter()
     for start in range(0, len(prompts), job["batch_size"]):
@@ -66,6 +68,9 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         if disturbance is not None and start == 0:
             disturbance.start()
     seconds = time.perf_counter() - started_s
+    if busy is not None:
+        busy.kill()
+        busy.wait()
     result = {"answers": answers, "seconds": seconds}
     if disturbance is not None:
         result["events"] = disturbance.finish()
