@@ -91,7 +91,8 @@ def test_the_end_of_the_context_stops_drafts_for_that_request_only(
 def test_a_draft_with_a_shorter_context_than_the_target(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same
 ) -> None:
-    result = run_engine([job(prompts[:16], num_new_tokens, 4)], speculative={"max_model_len": 100})
+    """And an engine that takes one request at a time."""
+    result = run_engine([job(prompts[:16], num_new_tokens, 4)], speculative={"max_model_len": 100}, max_num_seqs=1)
     assert_same(result["jobs"][0]["answers"])
     assert_drafting(result["status"], least_acceptance_length=1.05)
     assert "decoded without drafts" in result["log"]
