@@ -46,9 +46,11 @@ def namespaces() -> list[Any]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.sample.sampler import Sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    return [dict(vars(holder)) for holder in (EngineArgs, GPUModelRunner, rejection_sampler, topk_topp_sampler)]
+    holders = (EngineArgs, GPUModelRunner, Sampler, rejection_sampler, topk_topp_sampler)
+    return [dict(vars(holder)) for holder in holders]
 
 
 def test_readme_is_what_the_records_say() -> None:
