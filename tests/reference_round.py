@@ -3,13 +3,14 @@
 Owns three things. `enumerate_outcomes` runs a program once per sequence of random choices and adds up their probabilities, so
 that a distribution is computed and not sampled. `Generation` is one request of the system from its first output token to its
 last: the draft model's draws, chunks, branches, evictions and losses, and the verification; every rule of the design's section 3
-is a method, so that a test can break one. `verify` is the same verification with its random numbers given, to be compared with
+is a method, so that a test can break one. As in the product, the draft's stream has a number for each prefix, so a token that was
+drawn at a prefix comes out again there. `verify` is the same verification with its random numbers given, to be compared with
 vLLM's rejection sampler. The real `draft_sampling.draw` runs inside, with a `LazyUniform` for its number. No model, no tensors,
 no clock.
 
     output        chunk, drawn at once                 outcome of the round
     t0 ... t[i-1] x[i] ... x[i+n-1]  | candidates      x[i] ... x[i+a-1] y      a accepted, then y from the target
-                  number i           | number i + n    position i + a
+    number        of t0 ... x[i-1]   | none: not drawn the target's own
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -279,8 +280,8 @@ class Generation:
     # The draft model's side.
 
     def number(self, prefix: Prefix) -> LazyUniform:
-        """The number of the request's stream that a draw at this prefix uses: one per position."""
-        return self.stream(len(prefix))
+        """The number of the request's stream that a draw at this prefix uses, and no draw at any other."""
+        return self.stream(prefix)
 
     def stream(self, key: Hashable) -> LazyUniform:
         """The stream itself: one independent number per key."""
@@ -391,14 +392,6 @@ class Generation:
         """The target's own choice of a token in place of a rejected one."""
         del drafted
         return self.world.choose(weights)
-
-
-class PrefixKeyed(Generation):
-    """The stream has a number per prefix, not one per position that all branches share."""
-
-    def number(self, prefix: Prefix) -> LazyUniform:
-        """A number that no other prefix uses."""
-        return self.stream(prefix)
 
 
 def autoregressive(target: Table, horizon: int) -> dict[Prefix, float]:

@@ -57,12 +57,13 @@ class DraftRequest:
         return len(self._owned)
 
     def readmit(self) -> None:
-        """Give an evicted request an empty sequence again; its trunk is then pending as a whole."""
+        """Give an evicted request an empty sequence again; its trunk and the chain below it are then pending as a whole."""
         if self._owned:
             return
         sequence = next(self._sequence_ids)
         self._kv.allocate(sequence)
-        self._owned[self.tree.root] = sequence
+        (leaf,) = self.tree.leaves()
+        self._owned[leaf] = sequence
 
     def sequence(self, leaf: int) -> int:
         """The KV sequence of a leaf."""
@@ -75,6 +76,11 @@ class DraftRequest:
     def num_pending(self, leaf: int) -> int:
         """How many tokens, up to and with the leaf's, have no KV yet; 0 when the leaf has been fed."""
         return self.tree.node(leaf).position + 1 - self._kv.num_tokens(self._owned[leaf])
+
+    def has_kv(self, node_id: int) -> bool:
+        """Whether a node has its KV, so that it can be forked at; after an eviction it lacks it until the chain is fed again."""
+        through = self._owned[self.tree.leaves(node_id)[0]]
+        return self._kv.num_tokens(through) > self.tree.node(node_id).position
 
     def pending(self, leaf: int, most: int) -> tuple[int, list[int]]:
         """The next tokens to feed on the way to a leaf.
@@ -239,12 +245,21 @@ class DraftRequest:
         return dropped
 
     def evict(self) -> None:
-        """Free all KV and all drafts; the trunk stays, and is prefilled again after `readmit`."""
+        """Free all KV, and drop all drafts but the chain of chosen tokens; its KV is computed again after `readmit`.
+
+        The chain stays because it has been drawn: how much KV it takes depends on its tokens, and so then does the eviction. Were
+        it dropped, or cut, whether a token is submitted would depend on that token (rule 2 of the design, section 3).
+        """
         for sequence in self._owned.values():
             self._kv.free(sequence)
         self._owned.clear()
-        self.tree.rollback(self.tree.num_tokens)
-        self.tree.node(self.tree.root).candidates = None
+        node = self.tree.node(self.tree.root)
+        while node.candidates is not None:
+            for token, child in list(node.children.items()):
+                if token != node.choice:
+                    self.tree.truncate_subtree(child)
+            kept = node.children.get(node.choice)
+            node = self.tree.node(self.tree.extend(node.node_id, node.choice) if kept is None else kept)
         self.chunk_end = self.tree.root
 
     def check_integrity(self) -> None:

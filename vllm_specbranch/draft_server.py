@@ -405,7 +405,7 @@ class DraftServer:
 
     def _grow(self, request: DraftRequest) -> None:
         """Draft on below the branch point: candidates at the branch point itself, the draft's choices below them."""
-        if request.is_evicted:
+        if request.is_evicted or not request.has_kv(request.chunk_end):
             return
         tree, branch_point = request.tree, request.chunk_end
         for leaf, token in self._planner.extensions(tree, branch_point):

@@ -14,8 +14,8 @@ import pytest
 from tests.reference_round import (
     Drafted,
     Generation,
+    LazyUniform,
     Prefix,
-    PrefixKeyed,
     Row,
     Rules,
     difference,
@@ -26,6 +26,7 @@ from vllm_specbranch.draft_sampling import draw
 EXACT = 1e-9
 REJECTED = 1e-3
 UNLIKELY = 0.35
+KV_BLOCK_SIZE = 2
 
 # Rows by the last token. The draft is sometimes sure, sometimes not, and disagrees with the target.
 DRAFT_ROWS: Mapping[Prefix, Row] = {
@@ -105,12 +106,41 @@ class LaterTokenDecides(Generation):
         return chunk[: next((index for index, (_, later) in enumerate(pairs) if not later), len(chunk))]
 
 
-class AllOrNothing(Generation):
-    """Rule 2: a chunk for which there is no room or no time is dropped whole; its length depends on what was drawn."""
+class UsesWhatWasSentAhead(Generation):
+    """Right: of a late reply what was sent ahead is used, and how much that is does not look at the drawn tokens."""
 
     def admitted(self, chunk: list[Drafted]) -> list[Drafted]:
-        room = self.world.choose((0.0, 0.5, 0.5))
-        return chunk if len(chunk) <= room else []
+        return chunk[: self.time_limit()]
+
+    def time_limit(self) -> int:
+        """Tokens that there is time for, drawn or not; gamma if the reply is not late."""
+        return self.world.choose((0.1, 0.4, *[0.0] * (self.rules.gamma - 2), 0.5))
+
+
+class LateReplyDropsTheChunk(UsesWhatWasSentAhead):
+    """Rule 2: a late reply drops the whole chunk, and longer chunks are late more often."""
+
+    def admitted(self, chunk: list[Drafted]) -> list[Drafted]:
+        return chunk if len(chunk) <= self.time_limit() else []
+
+
+class CutToTheRoom(Generation):
+    """Right: when KV blocks run short a chunk is cut to the slots that the committed tokens leave, min(n, room)."""
+
+    def admitted(self, chunk: list[Drafted]) -> list[Drafted]:
+        return chunk[: self.room()]
+
+    def room(self) -> int:
+        """Slots left in the last block of the committed tokens, of which one is the prompt; gamma if blocks do not run short."""
+        is_short = self.world.happens(0.6)
+        return -(len(self.output) + 1) % KV_BLOCK_SIZE if is_short else self.rules.gamma
+
+
+class PreemptedForItsChunk(CutToTheRoom):
+    """Rule 2: a chunk that is too long for the KV room preempts the request, and its drafts are dropped."""
+
+    def admitted(self, chunk: list[Drafted]) -> list[Drafted]:
+        return chunk if len(chunk) <= self.room() else []
 
 
 class EvictsUnlikely(Generation):
@@ -157,7 +187,7 @@ class TwoDraws(Generation):
     def drawn(self, prefix: Prefix) -> int:
         if prefix not in self.tokens:
             q = self.truncated(prefix)
-            first, second = (self.drawn_from(q, self.stream((len(prefix), number))) for number in range(2))
+            first, second = (self.drawn_from(q, self.stream((prefix, number))) for number in range(2))
             self.tokens[prefix] = second if self.prefers_second(prefix, first, second) else first
         return self.tokens[prefix]
 
@@ -195,10 +225,9 @@ class SharedRecovery(Generation):
 
 
 class BusyWithTheLosers(Generation):
-    """A new rule: how soon drafts are ready depends on what was drawn elsewhere, with a number that is used here again.
+    """Right: how soon drafts are ready may depend on what was drawn elsewhere, as each prefix has its own number.
 
-    After a miss the draft server has time only if it was idle, and it was if the losing chain had come to its end. A token at
-    position i of the losing chain decides that, and the first token of the new chain is drawn with number i as well.
+    After a miss the draft server has time only if it was idle, and it was if the losing chain had come to its end.
     """
 
     is_idle = False
@@ -212,8 +241,15 @@ class BusyWithTheLosers(Generation):
         return self.rules.gamma if self.is_idle else 0
 
 
-class BusyButPrefixKeyed(BusyWithTheLosers, PrefixKeyed):
-    """Right: the same, with a number for each prefix."""
+class NumberPerPosition(BusyWithTheLosers):
+    """The same with a number per position of the stream, which all chains share.
+
+    A token at position i of the losing chain decides whether there is time, and the first token of the new chain, if there is, is
+    drawn with number i as well.
+    """
+
+    def number(self, prefix: Prefix) -> LazyUniform:
+        return self.stream(len(prefix))
 
 
 GRAMMAR: Mapping[Prefix, frozenset[int]] = {
@@ -253,7 +289,8 @@ CASES = (
     Case(CutLooksAtDrawn),
     Case(BestLength),
     Case(LaterTokenDecides),
-    Case(AllOrNothing, rules=replace(PLAIN, stops=unsure, trims=0.5)),
+    Case(LateReplyDropsTheChunk, UsesWhatWasSentAhead, replace(PLAIN, stops=unsure)),
+    Case(PreemptedForItsChunk, CutToTheRoom, replace(PLAIN, stops=unsure)),
     Case(RedrawsAfterEviction, EvictsUnlikely),
     Case(RedrawsAfterEviction, RedrawsAtRandom, replace(PLAIN, evictions=0.3)),
     Case(MissingAfterEviction, EvictsUnlikely),
@@ -261,7 +298,7 @@ CASES = (
     Case(KeepsMoreConfident, TwoDraws),
     Case(SharedAcceptance),
     Case(SharedRecovery),
-    Case(BusyWithTheLosers, BusyButPrefixKeyed, replace(PLAIN, stops=unsure, gamma=3)),
+    Case(NumberPerPosition, BusyWithTheLosers, replace(PLAIN, stops=unsure, gamma=3)),
 )
 
 
@@ -284,10 +321,11 @@ def test_a_grammar_may_cut_greedy_drafts_only() -> None:
         CutLooksAtDrawn,
         BestLength,
         LaterTokenDecides,
-        AllOrNothing,
+        LateReplyDropsTheChunk,
+        PreemptedForItsChunk,
         RedrawsAfterEviction,
         KeepsLikelier,
-        BusyWithTheLosers,
+        NumberPerPosition,
     ],
 )
 def test_one_hot_verification_forgives_any_choice_of_the_draft(system: type[Generation]) -> None:
