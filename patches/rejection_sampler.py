@@ -1,4 +1,6 @@
-"""A bug of vLLM's CPU build: sampling parameters are garbage where one is needed per draft token.
+"""Two bugs of vLLM's CPU build: garbage sampling parameters, and padding that is taken for a draft token.
+
+The first: sampling parameters are garbage where one is needed per draft token.
 
 `expand_batch_to_tokens` repeats each request's temperature, top_p and top_k for its draft tokens. Without Triton its
 kernel is `_expand_kernel_impl` of `vllm/utils/cpu_triton_utils.py`, which hands the C++ code an int64 *copy* of any
@@ -8,6 +10,10 @@ whole numbers, so copying it back would not do.
 
 The kernel itself is bound into vLLM's kernel registry before our worker class exists, so the patch takes its only
 caller.
+
+The second: vLLM pads a request that comes to a speculative batch with one token left to compute by draft tokens -1.
+The Triton kernel rejects these; the C++ one looks their probability up at index -1, which is the last token of the row
+before, and may accept them. The token that then comes out belongs one position later.
 """
 
 import functools
@@ -34,7 +40,54 @@ def _expand_row_numbers(original: Callable[..., Any]) -> Callable[..., Any]:
     return expand_batch_to_tokens
 
 
+def _reject_padding(original: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    @functools.wraps(original)
+    def rejection_sample(
+        draft_token_ids: torch.Tensor,
+        num_draft_tokens: list[int],
+        max_spec_len: int,
+        cu_num_draft_tokens: torch.Tensor,
+        draft_probs: torch.Tensor | None,
+        target_logits: torch.Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        is_padding = draft_token_ids < 0
+        if target_logits.is_cpu and bool(is_padding.any()):
+            if draft_probs is None:
+                draft_probs = torch.zeros(target_logits.shape, dtype=torch.float32)
+                draft_probs.scatter_(1, draft_token_ids.clamp(min=0).long().unsqueeze(1), 1.0)
+            # Drawn with probability 0, so rejected when sampling; not the best token, so rejected when greedy.
+            draft_probs = draft_probs.masked_fill(is_padding.unsqueeze(1), 0.0)
+            another = (target_logits.argmax(dim=-1) + 1) % target_logits.shape[-1]
+            draft_token_ids = torch.where(is_padding, another.to(draft_token_ids.dtype), draft_token_ids)
+        return original(
+            draft_token_ids,
+            num_draft_tokens,
+            max_spec_len,
+            cu_num_draft_tokens,
+            draft_probs,
+            target_logits,
+            *args,
+            **kwargs,
+        )
+
+    return rejection_sample
+
+
 PATCHES = (
+    Patch(
+        symbol="vllm.v1.sample.rejection_sampler:rejection_sample",
+        kind="wrap",
+        process="worker",
+        why="Without Triton (CPU) padded draft tokens (-1) of a sampled request can be accepted: the C++ kernel reads"
+        " their probability from the row before.",
+        remove_when="vLLM's C++ rejection kernel rejects draft tokens below 0, as its Triton kernel does.",
+        fingerprints={"0.32.0": "dd7297cb744d9a776d6b74ccbd4b9926326422ac864e88287f491386ab1b6e52"},
+        make=_reject_padding,
+    ),
     Patch(
         symbol="vllm.v1.sample.rejection_sampler:expand_batch_to_tokens",
         kind="wrap",

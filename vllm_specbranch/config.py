@@ -24,6 +24,9 @@ SampleMethod = Literal["probabilistic", "greedy"]
 # DESIGN: "from measured rounds, at most 50 ms".
 MAX_AUTO_REPLY_TIMEOUT_MS = 50.0
 
+# Of 1 - sqrt(0.2 H): about 2.5 nats.
+ADAEDL_THRESHOLD = 0.3
+
 EXAMPLE_SETTINGS = '{"model": "path or hub id of the draft model", "num_speculative_tokens": 8}'
 
 
@@ -113,6 +116,9 @@ class SpecBranchConfig:
         if policy == "pearl":
             # PEARL submits all it has, has no second candidate, and goes on empty after a miss.
             defaults = {"stop_rule": "none", "on_miss": "go", "max_branches": 1}
+        if given.get("stop_rule") == "adaedl":
+            # Another scale: 0.1 would be an entropy of 4 nats.
+            defaults["stop_threshold"] = ADAEDL_THRESHOLD
         parsed: dict[str, Any] = {
             key: _PARSERS[key](value, key) for key, value in (defaults | given).items() if value is not None
         }

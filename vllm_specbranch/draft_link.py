@@ -197,7 +197,10 @@ class DraftLink:
             until_s = started_s + (0.0 if self._is_late else timeout_ms / 1e3)
             message = self._channel.recv(max(0.0, 1e3 * (until_s - self._clock())))
             if message is None:
-                self._be_late()
+                if ahead is None:
+                    self._be_late()
+                else:
+                    self._counters.num_reply_timeouts += 1
                 return ahead
             self._is_late = False
             if isinstance(message, messages.DraftBatch):
@@ -215,6 +218,9 @@ class DraftLink:
         until_s = self._clock() + HUNG_S
         while self.is_up and self._channel is not None and self._clock() < until_s:
             message = self._channel.recv(PATIENT_WAIT_MS)
+            if isinstance(message, messages.Failure):
+                logger.warning("The draft server could not take a message: %s", message.reason)
+                return None
             if isinstance(message, messages.DraftBatch) and message.round == round_number and message.is_final:
                 return message
             if message is None and not self._process.is_running():

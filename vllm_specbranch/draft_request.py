@@ -79,8 +79,10 @@ class DraftRequest:
 
     def has_kv(self, node_id: int) -> bool:
         """Whether a node has its KV, so that it can be forked at; after an eviction it lacks it until the chain is fed again."""
-        through = self._owned[self.tree.leaves(node_id)[0]]
-        return self._kv.num_tokens(through) > self.tree.node(node_id).position
+        leaf = node = self.tree.node(node_id)
+        while leaf.children:
+            leaf = self.tree.node(next(iter(leaf.children.values())))
+        return self._kv.num_tokens(self._owned[leaf.node_id]) > node.position
 
     def pending(self, leaf: int, most: int) -> tuple[int, list[int]]:
         """The next tokens to feed on the way to a leaf.

@@ -26,9 +26,9 @@ def seeded_key(seed: int) -> int:
     return _hashed(f"seed {seed}")
 
 
-def unseeded_key(engine_seed: int, number: int) -> int:
-    """The key of the `number`th request without a seed of its own; repeatable for an engine that is asked the same in order."""
-    return _hashed(f"engine {engine_seed} request {number}")
+def unseeded_key(engine_seed: int, rank: int, number: int) -> int:
+    """The key of the `number`th request without a seed of its own, of one data-parallel rank; repeatable for the same order."""
+    return _hashed(f"engine {engine_seed} rank {rank} request {number}")
 
 
 def _hashed(text: str) -> int:

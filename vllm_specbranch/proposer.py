@@ -26,7 +26,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specbranch import messages
-from vllm_specbranch.config import MAX_AUTO_REPLY_TIMEOUT_MS
+from vllm_specbranch.config import MAX_AUTO_REPLY_TIMEOUT_MS, SpecBranchConfig
 from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds, is_sound
 from vllm_specbranch.draft_link import DraftLink
 from vllm_specbranch.draft_model import DraftModelSettings
@@ -94,6 +94,19 @@ def _survives(
     return decorate
 
 
+def most_top_m(config: SpecBranchConfig, max_num_seqs: int) -> int:
+    """`draft_top_m`, or less where the drafts of a full batch would not fit into one message.
+
+    A reply that is too large is lost, and how large it is depends on how much was drawn: that must not decide what is verified.
+    """
+    fitting = messages.MAX_MESSAGE_BYTES // 2 // (8 * max_num_seqs * config.num_speculative_tokens)
+    if fitting < config.draft_top_m:
+        logger.warning(
+            "draft_top_m is lowered from %d to %d to keep replies small.", config.draft_top_m, max(1, fitting)
+        )
+    return max(1, min(config.draft_top_m, fitting))
+
+
 class Proposer:
     """vLLM's custom proposer for `method: specbranch`.
 
@@ -106,6 +119,9 @@ class Proposer:
         assert isinstance(speculative, SpecBranchSpeculativeConfig)
         self._config = speculative.specbranch
         self._seed: int = vllm_config.model_config.seed
+        # Engines of one data-parallel group have one seed, and must not draw alike.
+        self._rank: int = vllm_config.parallel_config.data_parallel_index
+        self._max_top_m = most_top_m(self._config, vllm_config.scheduler_config.max_num_seqs)
         self._max_model_len: int = vllm_config.model_config.max_model_len
         self._vocab_size: int = vllm_config.model_config.get_vocab_size()
         self.counters = EngineCounters()
@@ -327,9 +343,11 @@ class Proposer:
             return None
         if params.temperature < GREEDY_TEMPERATURE:
             return None
-        key = unseeded_key(self._seed, self._num_requests) if params.seed is None else seeded_key(params.seed)
+        key = (
+            unseeded_key(self._seed, self._rank, self._num_requests) if params.seed is None else seeded_key(params.seed)
+        )
         # What the target's top_k will never take need not be drafted.
-        top_m = min(self._config.draft_top_m, params.top_k) if params.top_k > 0 else self._config.draft_top_m
+        top_m = min(self._max_top_m, params.top_k) if params.top_k > 0 else self._max_top_m
         return messages.Sampling(params.temperature, top_m, key)
 
     def _send_step(self, opens: list[messages.Open], closes: list[str]) -> None:

@@ -53,7 +53,7 @@ class SpecBranchScheduler(Scheduler):
 
         vLLM would preempt a request for the blocks of draft tokens, and drop the preempted one's drafts. With chunks of different
         lengths that is lossy: whether a token is verified would depend on how long a chunk was drawn after it (rule 2 of the
-        design, section 3). Room and condition here look at committed tokens only.
+        design, section 3). Room and condition here do not look at the chunk that they cut.
         """
         drafted = [request for request in self.running if request.spec_token_ids]
         if not drafted:
@@ -70,7 +70,7 @@ class SpecBranchScheduler(Scheduler):
     def _block_counts(self, request: Request) -> Iterator[tuple[int, int]]:
         """(blocks held, block size) per KV cache group."""
         groups = self.kv_cache_config.kv_cache_groups
-        tables = self.kv_cache_manager.get_block_ids(request.request_id)
+        tables = self.kv_cache_manager.get_blocks(request.request_id).blocks
         for group, table in zip(groups, tables, strict=True):
             yield len(table), group.kv_cache_spec.block_size
 

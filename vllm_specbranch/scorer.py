@@ -108,12 +108,14 @@ class Scorer:
                 cells.append((ids + starts[:, None]).ravel())
                 values.append(probs.ravel())
             tokens = self._scheduled.get(request_id, ())[num_matching:count]
-            # A row of zeros at -1: vLLM rejects that token and takes the target's own distribution.
+            # A row of zeros at -1 (padding, or cut by a grammar): rejected, and the target's own distribution is sampled.
             one_hot = [(first + num_matching + index, token) for index, token in enumerate(tokens) if token >= 0]
             if one_hot:
                 cells.append(np.array([row * self._vocab_size + token for row, token in one_hot], np.int64))
                 values.append(np.ones(len(one_hot), np.float32))
             first += count
+        if not cells:
+            return None
         dense = torch.zeros(first * self._vocab_size, dtype=torch.float32, device=device)
         where = torch.from_numpy(np.concatenate(cells)).to(device, non_blocking=True)
         dense.index_add_(0, where, torch.from_numpy(np.concatenate(values)).to(device, non_blocking=True))

@@ -110,11 +110,15 @@ def with_masks(bases: list[Base]) -> dict[str, Case]:
     # Each of the few allowed tokens gets dearer by its use, so the end of the sequence comes at some time.
     ending = {"allowed_token_ids": [EOS, *bases[10].tokens[:6]], "frequency_penalty": 1.9}
     two_words = WORD.findall(bases[7].text)[3:5]
-    return {
+    # Of well-known text the draft model proposes long chunks, with both words of a phrase in one.
+    phrases: dict[str, Case] = {
+        f"bad phrase {phrase!r} {i}": (bases[i], {"bad_words": [phrase]})
+        for i, phrase in ((6, "or agreed"), (6, "on an"), (7, "on an"), (7, "This file"))
+    }
+    return phrases | {
         "bad word": (bases[6], {"bad_words": [","]}),
         "bad words and penalty": (bases[7], {"bad_words": two_words, "frequency_penalty": 0.2}),
         "bad phrases": (bases[13], {"bad_words": ["please apply", "any change"]}),
-        "more bad phrases": (bases[6], {"bad_words": ["law or", "on an", "either express"]}),
         "allowed token ids": (bases[5], {"allowed_token_ids": without_one}),
         "allowed token ids and penalty": (
             bases[4],

@@ -61,7 +61,11 @@ def serving(
         environment: variables beside those of this process.
     """
     settings = folder / "settings.json"
-    settings.write_text(json.dumps({"model": DRAFT, "num_speculative_tokens": 8, "draft_cpu_cores": list(cores)}))
+    settings.write_text(
+        json.dumps(
+            {"model": DRAFT, "num_speculative_tokens": 8, "draft_cpu_cores": list(cores), "reply_timeout_ms": 500}
+        )
+    )
     port = free_port()
     command = [VLLM, "serve", TARGET, "--speculative-config", "specbranch", *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pair", "--dtype", "float32"]

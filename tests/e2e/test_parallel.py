@@ -22,7 +22,7 @@ def outcome(run_engine: RunEngine, prompts: list[list[int]]) -> dict[str, Any]:
     ]
     return run_engine(
         jobs,
-        speculative={"draft_cpu_cores": last_core()},
+        speculative={"draft_cpu_cores": last_core(), "reply_timeout_ms": 1000},
         in_process=True,
         environment={"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"},
         tensor_parallel_size=2,

@@ -132,3 +132,11 @@ def test_the_bare_word_without_a_good_file_says_what_to_write(
     if content is None:
         assert '"model"' in str(caught.value)
         assert CONFIG_ENV in str(caught.value)
+
+
+def test_each_stop_rule_has_a_threshold_of_its_own_scale() -> None:
+    for rule, expected in (("confidence", 0.1), ("adaedl", 0.3), ("none", 0.1)):
+        assert SpecBranchConfig.from_user({"model": "m", "stop_rule": rule}).stop_threshold == expected
+    assert (
+        SpecBranchConfig.from_user({"model": "m", "stop_rule": "adaedl", "stop_threshold": 0.5}).stop_threshold == 0.5
+    )

@@ -313,7 +313,10 @@ def test_what_was_sent_ahead_counts_when_the_reply_is_late() -> None:
     reply = bench.link.receive(2, 50.0)
     assert reply is not None
     assert [draft.tokens for draft in reply.drafts] == [[0, 1]], "the newest of this round"
-    assert bench.counters.num_reply_timeouts == 1
+    started_s = bench.clock.now_s
+    assert bench.link.receive(3, 50.0) is None
+    assert bench.clock.now_s - started_s == pytest.approx(0.05), "the server has spoken: it is waited for again"
+    assert bench.counters.num_reply_timeouts == 2
     assert bench.counters.num_late_replies == 0, "no reply was due for the first round any more"
 
 
@@ -352,3 +355,13 @@ def test_a_patient_wait_ends_with_the_death_of_the_server_or_when_it_counts_as_d
     assert bench.link.receive_patiently(1) is None
     assert bench.clock.now_s - started_s == pytest.approx(HUNG_S, abs=0.2)
     assert not bench.link.is_up
+
+
+def test_a_patient_wait_ends_with_a_refusal() -> None:
+    bench = Bench()
+    bench.bring_up()
+    bench.say(messages.Failure("no"))
+    started_s = bench.clock.now_s
+    assert bench.link.receive_patiently(1) is None
+    assert bench.clock.now_s == started_s
+    assert bench.link.is_up

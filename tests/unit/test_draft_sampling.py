@@ -36,7 +36,7 @@ def test_keys() -> None:
     """A seed's key is not the seed, and seeded and unseeded requests never share a stream."""
     seeds = [-5, 0, 1, 2, 42, 2**63]
     found = [seeded_key(seed) for seed in seeds] + [
-        unseeded_key(engine, number) for engine in (0, 1) for number in range(5)
+        unseeded_key(engine, rank, number) for engine in (0, 1) for rank in (0, 1) for number in range(5)
     ]
     assert len(set(found)) == len(found)
     assert not set(found) & set(seeds)

@@ -1,9 +1,10 @@
-"""The two bugs of vLLM's sampling on a CPU without Triton, shown and mended on vLLM's own functions and
+"""The three bugs of vLLM's sampling on a CPU without Triton, shown and mended on vLLM's own functions and
 RejectionSampler.
 
 The kernel overrides are registered before any patch is applied, which is the order in a real worker.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -152,15 +153,20 @@ def sampling_metadata(num_requests: int, temperature: float, top_k: int | None, 
 def verify(
     drafts: list[list[int]], draft_probs: torch.Tensor | None, logits: torch.Tensor, metadata: Any
 ) -> list[list[int]]:
-    """Run vLLM's RejectionSampler; every verified position has the same `logits` `[VOCAB_SIZE]`."""
+    """Run vLLM's RejectionSampler. `logits`: `[VOCAB_SIZE]` for every position alike, or one row per draft and bonus token."""
     from vllm.v1.sample.rejection_sampler import RejectionSampler
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 
     spec_metadata = SpecDecodeMetadata.make_dummy(drafts, torch.device("cpu"))
-    output = RejectionSampler(Sampler())(
-        spec_metadata, draft_probs, logits.expand(sum(map(len, drafts)) + len(drafts), -1), metadata
-    )
+    if logits.dim() == 1:
+        logits = logits.expand(sum(map(len, drafts)) + len(drafts), -1)
+    else:
+        ends = list(itertools.accumulate(len(one) + 1 for one in drafts))
+        targets = [row for row in range(ends[-1]) if row + 1 not in ends]
+        spec_metadata.target_logits_indices = torch.tensor(targets)
+        spec_metadata.bonus_logits_indices = torch.tensor(ends) - 1
+    output = RejectionSampler(Sampler())(spec_metadata, draft_probs, logits, metadata)
     tokens, _ = RejectionSampler.parse_output(output.sampled_token_ids, VOCAB_SIZE)
     return [list(row) for row in tokens]
 
@@ -227,3 +233,40 @@ def test_a_step_without_drafts_and_with_top_k() -> None:
     rows = verify([[], [], []], None, logits, metadata)
     assert [len(row) for row in rows] == [1, 1, 1]
     assert {row[0] for row in rows} <= {1, 2}
+
+
+def padded_outcome(drawn_from: str, temperature: float) -> list[int]:
+    """What a padded request gets: its own row says 7, every later one 2. A request with a draft comes before it."""
+    sure = {token: torch.full((VOCAB_SIZE,), -30.0).index_fill_(0, torch.tensor([token]), 30.0) for token in (2, 7)}
+    # One row per draft token and one for the bonus token, request by request.
+    logits = torch.stack([sure[7], sure[2], sure[7], sure[7], sure[2]])
+    draft_probs = None
+    if drawn_from == "rows":
+        draft_probs = torch.zeros(3, VOCAB_SIZE)
+        draft_probs[0, 3] = 1.0
+    metadata = sampling_metadata(2, temperature, None, None)
+    if not temperature:
+        metadata.all_greedy, metadata.all_random = True, False
+    return verify([[3], [-1, -1]], draft_probs, logits, metadata)[1]
+
+
+def test_padding_may_be_accepted_upstream() -> None:
+    patching.apply(EXPAND[1:], VERSION)
+    assert padded_outcome("one-hot", 1.0) == [2]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("drawn_from", ["one-hot", "rows"])
+def test_padding_is_rejected_when_patched(drawn_from: str, temperature: float) -> None:
+    patching.apply(EXPAND, VERSION)
+    assert padded_outcome(drawn_from, temperature) == [7]
+
+
+def test_drafts_beside_padding_are_verified_as_ever() -> None:
+    """Accepted where the target is sure of them, in a sampled batch with and without distributions."""
+    patching.apply(EXPAND, VERSION)
+    sure = torch.full((VOCAB_SIZE,), -30.0)
+    sure[3] = 30.0
+    for draft_probs in (None, torch.zeros(3, VOCAB_SIZE).index_fill_(1, torch.tensor([3]), 1.0)):
+        rows = verify([[3], [-1, 3]], draft_probs, sure, sampling_metadata(2, 1.0, None, None))
+        assert rows == [[3, 3], [3]]

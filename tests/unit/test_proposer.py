@@ -123,6 +123,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
         speculative_config=speculative,
         model_config=SimpleNamespace(max_model_len=200, seed=0, get_vocab_size=lambda: 50),
         scheduler_config=SimpleNamespace(max_num_seqs=16),
+        parallel_config=SimpleNamespace(data_parallel_index=1),
     )
     return Bench(Proposer(vllm_config), line)
 
@@ -334,8 +335,8 @@ def test_streams(bench: Bench) -> None:
 
     assert key("a", seed=3) == key("b", seed=3) == seeded_key(3) != 3
     assert key("c", seed=4) != seeded_key(3)
-    assert key("d") == unseeded_key(0, 4)
-    assert key("e") == unseeded_key(0, 5)
+    assert key("d") == unseeded_key(0, 1, 4)
+    assert key("e") == unseeded_key(0, 1, 5)
 
 
 def test_a_request_is_opened_again_with_the_stream_it_had(bench: Bench) -> None:
@@ -384,3 +385,17 @@ def test_deterministic_drafting_waits_for_its_reply_and_greedy_drafting_draws_no
     bench.line.take()
     monkeypatch.setattr(bench.proposer, "_config", replace(bench.proposer._config, draft_sample_method="greedy"))
     assert open_with(bench, "b", temperature=1.0) is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "gamma", "max_num_seqs", "expected"), [(64, 8, 256, 64), (1024, 8, 256, 512), (64, 64, 1024, 16)]
+)
+def test_a_full_batch_of_distributions_fits_into_one_message(
+    wanted: int, gamma: int, max_num_seqs: int, expected: int
+) -> None:
+    config = SpecBranchConfig.from_user({"model": "m", "draft_top_m": wanted, "num_speculative_tokens": gamma})
+    top_m = proposer.most_top_m(config, max_num_seqs)
+    assert top_m == expected
+    packed = b"x" * (4 * gamma * top_m)
+    draft = messages.Draft("request-0123456789", 10**6, [10**6] * gamma, True, packed, packed)
+    assert messages.encode(messages.DraftBatch(1, True, [draft] * max_num_seqs, []))

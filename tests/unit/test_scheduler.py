@@ -31,7 +31,7 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
         kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK_SIZE))]
     )
     ours.kv_cache_manager = SimpleNamespace(
-        get_block_ids=lambda name: ([0] * ours.requests[name].num_blocks,),
+        get_blocks=lambda name: SimpleNamespace(blocks=([0] * ours.requests[name].num_blocks,)),
         block_pool=SimpleNamespace(get_num_free_blocks=lambda: ours.num_free),
     )
     ours.num_free = 100
@@ -120,7 +120,7 @@ def test_with_blocks_to_spare_chunks_are_left_alone(scheduler: Any) -> None:
 def test_without_chunks_are_cut_to_the_slots_that_their_request_holds(
     scheduler: Any, num_tokens: int, num_blocks: int, room: int
 ) -> None:
-    """Whatever their own length: condition and room look at committed tokens only (rule 2)."""
+    """Whatever their own length: condition and room do not look at it (rule 2)."""
     for length in range(1, 9):
         one = request("a", num_tokens, list(range(length)), num_blocks)
         # Another request, without drafts now, could need a block as well.
@@ -133,7 +133,7 @@ def test_without_chunks_are_cut_to_the_slots_that_their_request_holds(
 def test_every_kv_cache_group_counts(scheduler: Any) -> None:
     small = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=4))
     scheduler.kv_cache_config.kv_cache_groups.append(small)
-    scheduler.kv_cache_manager.get_block_ids = lambda name: ([0], [0, 0, 0])
+    scheduler.kv_cache_manager.get_blocks = lambda name: SimpleNamespace(blocks=([0], [0, 0, 0]))
     one = request("a", 10, [1, 2, 3, 4])
     run(scheduler, one)
     scheduler.num_free = 2
