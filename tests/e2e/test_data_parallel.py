@@ -1,4 +1,7 @@
-"""Data parallelism: two engines behind one `vllm serve`, each with a draft server of its own."""
+"""Data parallelism: two engines behind one `vllm serve`, each with a draft server of its own.
+
+Run by `make test-long`: two engines and two draft servers on two cores take their time.
+"""
 
 import asyncio
 import os
@@ -10,6 +13,8 @@ from openai import AsyncOpenAI
 
 from tests.e2e.conftest import last_core
 from tests.e2e.serving import Server, serving, stream_completion
+
+pytestmark = [pytest.mark.long, pytest.mark.timeout(1200)]
 
 NUM_STREAMS = 16
 

@@ -130,6 +130,7 @@ def test_joint_distribution_of_three_tokens(run_engine: RunEngine, tiny_pair: tu
     assert before["engine"]["num_foreign_drafts"] == 0
 
 
+@pytest.mark.long
 def test_single_positions_of_the_shipped_pair(run_engine: RunEngine, prompts: list[list[int]]) -> None:
     """On a real vocabulary, as served: not deterministic, drafts whenever they are ready."""
     case = [{"temperature": 1.0}]
