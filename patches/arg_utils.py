@@ -1,6 +1,6 @@
 """Hooks into vLLM's engine arguments: the bare word `specbranch`, and our speculative config.
 
-They are the only patches that every vLLM process gets: both pass everything through that is not ours. They create no
+Every vLLM process gets them: both pass everything through that is not ours. They create no
 process, socket, folder or random name, because API server processes run them too.
 """
 

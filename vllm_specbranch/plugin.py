@@ -8,7 +8,14 @@ import logging
 
 from vllm_specbranch import patching
 from vllm_specbranch.errors import PatchError
-from vllm_specbranch.patches import arg_utils, gpu_model_runner, rejection_sampler, sampler, topk_topp_sampler
+from vllm_specbranch.patches import (
+    arg_utils,
+    gpu_model_runner,
+    rejection_sampler,
+    sampler,
+    sampling_params,
+    topk_topp_sampler,
+)
 from vllm_specbranch.patching import Patch, Process
 
 # Below "vllm", because that is the logger vLLM gives a handler and a level.
@@ -17,7 +24,7 @@ logger = logging.getLogger("vllm.specbranch.plugin")
 
 def all_patches() -> tuple[Patch, ...]:
     """Return every patch record. Imports no upstream module."""
-    files = (arg_utils, rejection_sampler, topk_topp_sampler, sampler, gpu_model_runner)
+    files = (arg_utils, sampling_params, rejection_sampler, topk_topp_sampler, sampler, gpu_model_runner)
     return tuple(patch for file in files for patch in file.PATCHES)
 
 

@@ -44,12 +44,13 @@ def warnings() -> Iterator[list[str]]:
 
 def namespaces() -> list[Any]:
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.sampling_params import SamplingParams
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    holders = (EngineArgs, GPUModelRunner, Sampler, rejection_sampler, topk_topp_sampler)
+    holders = (EngineArgs, SamplingParams, GPUModelRunner, Sampler, rejection_sampler, topk_topp_sampler)
     return [dict(vars(holder)) for holder in holders]
 
 
@@ -84,7 +85,7 @@ def test_register_applies_the_frontend_hooks_only_and_only_once(untouched_vllm: 
     assert all(patching.is_applied(patch) for patch in FRONTEND)
     assert not any(patching.is_applied(patch) for patch in WORKER)
     changed = {name for old, new in zip(before, once, strict=True) for name in old if old[name] is not new[name]}
-    assert changed == {"add_cli_args", "create_speculative_config"}
+    assert changed == {"add_cli_args", "create_speculative_config", "_validate_spec_decode"}
     patching.revert(FRONTEND)
     assert namespaces() == before
 
