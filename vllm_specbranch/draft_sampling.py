@@ -32,7 +32,7 @@ def unseeded_key(engine_seed: int, rank: int, number: int) -> int:
 
 
 def _hashed(text: str) -> int:
-    digest = hashlib.blake2b(text.encode(), digest_size=8, person=b"", key=DOMAIN_TAG).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=DOMAIN_TAG).digest()
     return int.from_bytes(digest, "little") >> (64 - KEY_BITS)
 
 
