@@ -9,6 +9,35 @@ from typing import Any
 import msgspec
 
 
+class Emulation(msgspec.Struct, frozen=True):
+    """Durations that forwards are stretched to, by sleeping, so that two cores behave like two accelerators.
+
+    A forward that takes longer than that by itself is not shortened.
+
+    Attributes:
+        target_forward_ms: a forward of the target with one token.
+        draft_step_ms: a forward of the draft model with one token.
+        target_token_cost, draft_token_cost: what each further token of the batch costs, relative to one token alone.
+    """
+
+    target_forward_ms: float
+    draft_step_ms: float
+    target_token_cost: float = 0.0
+    draft_token_cost: float = 0.02
+
+
+class Forward(msgspec.Struct, frozen=True, array_like=True):
+    """One forward of a model. Times are seconds since the run began.
+
+    Attributes:
+        num_tokens: query tokens of the whole batch.
+    """
+
+    start_s: float
+    end_s: float
+    num_tokens: int
+
+
 class EngineSpec(msgspec.Struct, frozen=True):
     """One engine to measure.
 
@@ -20,6 +49,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
         kv_cache_bytes: size of the target's KV cache.
         visible_devices: `CUDA_VISIBLE_DEVICES` of the engine; None leaves it as it is.
         gpu_memory_utilization: vLLM's, for GPUs; None leaves vLLM's default.
+        observe: note every forward of both models (`RunResult.target_forwards`, `draft_forwards`), and allow `Run.emulation`.
+        arguments: further arguments of `LLM`.
     """
 
     name: str
@@ -34,6 +65,8 @@ class EngineSpec(msgspec.Struct, frozen=True):
     seed: int = 0
     visible_devices: str | None = None
     gpu_memory_utilization: float | None = None
+    observe: bool = False
+    arguments: dict[str, Any] = {}
 
 
 class Encode(msgspec.Struct, tag=True, frozen=True):
@@ -47,6 +80,7 @@ class Run(msgspec.Struct, tag=True, frozen=True):
 
     Attributes:
         first_seed: seed of the first request, one more for each following; None for requests without seeds.
+        emulation: stretch the forwards of this run; only for an engine that is observed.
     """
 
     prompts: list[list[int]]
@@ -54,6 +88,7 @@ class Run(msgspec.Struct, tag=True, frozen=True):
     batch_size: int
     temperature: float
     first_seed: int | None = None
+    emulation: Emulation | None = None
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):
@@ -107,6 +142,8 @@ class RunResult(msgspec.Struct, tag=True, frozen=True):
         requests: in the order of the prompts.
         engine_counters, server_counters: what specbranch counted during this run; empty for other methods.
         server_timings_us: running means of the draft server after this run; empty for other methods.
+        target_forwards, draft_forwards: of an engine that is observed, in the order of their start; the draft's are those of the draft
+            server, or of vLLM's `draft_model`.
         num_drafts, num_draft_tokens, num_accepted_tokens: vLLM's own counters of speculative decoding during this run.
     """
 
@@ -116,6 +153,8 @@ class RunResult(msgspec.Struct, tag=True, frozen=True):
     engine_counters: dict[str, float] = {}
     server_counters: dict[str, float] = {}
     server_timings_us: dict[str, float] = {}
+    target_forwards: list[Forward] = []
+    draft_forwards: list[Forward] = []
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
