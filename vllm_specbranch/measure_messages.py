@@ -142,7 +142,7 @@ class RunResult(msgspec.Struct, tag=True, frozen=True):
         requests: in the order of the prompts.
         engine_counters, server_counters: what specbranch counted during this run; empty for other methods.
         server_timings_us: running means of the draft server after this run; empty for other methods.
-        target_forwards, draft_forwards: of an engine that is observed, in the order of their start; the draft's are those of the draft
+        target_forwards, draft_forwards: of an engine that is observed, by their start; the draft's are those of the draft
             server, or of vLLM's `draft_model`.
         num_drafts, num_draft_tokens, num_accepted_tokens: vLLM's own counters of speculative decoding during this run.
     """
