@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import msgspec
 
@@ -34,8 +34,20 @@ from vllm_specbranch.measure_messages import (
 )
 
 _VLLM_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+_ACCEPTED_BY_POSITION = "num_accepted_tokens_per_pos"
 # A maximum since the start, not a count.
 _NOT_COUNTED = ("longest_wait_s",)
+
+
+class Reading(NamedTuple):
+    """Counters at one moment: specbranch's own, vLLM's, and both by position in the chunk."""
+
+    engine: dict[str, float]
+    server: dict[str, float]
+    server_timings_us: dict[str, float]
+    vllm: dict[str, int]
+    accepted: dict[int, int]
+    drafted: dict[int, int]
 
 
 class Counters:
@@ -44,29 +56,45 @@ class Counters:
     def __init__(self, llm: Any) -> None:
         self._llm = llm
 
-    def read(self) -> tuple[dict[str, float], dict[str, float], dict[str, float], dict[str, int]]:
-        """Return (specbranch engine counters, server counters, server timings in us, vLLM's own)."""
+    def read(self) -> Reading:
+        """Return what they are now."""
         status: dict[str, Any] = {}
         # Other methods have vLLM's own workers, which do not know this call.
         if hasattr(self._worker(), "specbranch_status"):
             (status,) = self._llm.collective_rpc("specbranch_status")
         engine = {name: value for name, value in status.get("engine", {}).items() if name not in _NOT_COUNTED}
-        return engine, status.get("server", {}), status.get("server_timings_us", {}), self._vllm_counters()
+        own, accepted = self._vllm_counters()
+        return Reading(
+            engine=engine,
+            server=status.get("server", {}),
+            server_timings_us=status.get("server_timings_us", {}),
+            vllm=own,
+            accepted=status.get("accepted_by_position", dict(enumerate(accepted))),
+            # vLLM exports no such count. `draft_model` drafts at all positions each time; for `ngram` this is an upper bound.
+            drafted=status.get("drafted_by_position", dict.fromkeys(range(len(accepted)), own["num_drafts"])),
+        )
 
     def _worker(self) -> Any:
         return self._llm.llm_engine.model_executor.driver_worker.worker
 
-    def _vllm_counters(self) -> dict[str, int]:
-        totals = dict.fromkeys(_VLLM_COUNTERS, 0)
+    def _vllm_counters(self) -> tuple[dict[str, int], list[int]]:
+        """Return (the counters by name, accepted draft tokens by position)."""
+        totals, accepted = dict.fromkeys(_VLLM_COUNTERS, 0), []
         for metric in self._llm.get_metrics():
             name = metric.name.removeprefix("vllm:spec_decode_")
             if name in totals:
                 totals[name] += metric.value
-        return totals
+            elif name == _ACCEPTED_BY_POSITION:
+                accepted = list(metric.values)
+        return totals, accepted
 
 
-def _difference(after: dict[str, Any], before: dict[str, Any]) -> dict[str, Any]:
+def _difference(after: dict[Any, Any], before: dict[Any, Any]) -> dict[Any, Any]:
     return {name: value - before.get(name, 0) for name, value in after.items()}
+
+
+def _by_position(counts: dict[int, int]) -> list[int]:
+    return [counts.get(position, 0) for position in range(max(counts, default=-1) + 1)]
 
 
 def run(llm: Any, command: Run) -> RunResult:
@@ -76,15 +104,17 @@ def run(llm: Any, command: Run) -> RunResult:
     gc.collect()
     before = counters.read()
     traces, wall_s, num_steps = _drive(llm.llm_engine, command)
-    engine, server, timings, own = counters.read()
+    after = counters.read()
     return RunResult(
         wall_s=wall_s,
         num_steps=num_steps,
         requests=traces,
-        engine_counters=_difference(engine, before[0]),
-        server_counters=_difference(server, before[1]),
-        server_timings_us=timings,
-        **_difference(own, before[3]),
+        engine_counters=_difference(after.engine, before.engine),
+        server_counters=_difference(after.server, before.server),
+        server_timings_us=after.server_timings_us,
+        accepted_by_position=_by_position(_difference(after.accepted, before.accepted)),
+        drafted_by_position=_by_position(_difference(after.drafted, before.drafted)),
+        **_difference(after.vllm, before.vllm),
     )
 
 

@@ -144,6 +144,7 @@ class RunResult(msgspec.Struct, tag=True, frozen=True):
         server_timings_us: running means of the draft server after this run; empty for other methods.
         target_forwards, draft_forwards: of an engine that is observed, by their start; the draft's are those of the draft
             server, or of vLLM's `draft_model`.
+        accepted_by_position, drafted_by_position: draft tokens accepted, and verified, at each place of the chunk.
         num_drafts, num_draft_tokens, num_accepted_tokens: vLLM's own counters of speculative decoding during this run.
     """
 
@@ -155,6 +156,8 @@ class RunResult(msgspec.Struct, tag=True, frozen=True):
     server_timings_us: dict[str, float] = {}
     target_forwards: list[Forward] = []
     draft_forwards: list[Forward] = []
+    accepted_by_position: list[int] = []
+    drafted_by_position: list[int] = []
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
