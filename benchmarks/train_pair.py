@@ -8,7 +8,6 @@ and transformers load, and `card.json` with where everything came from.
 
     python benchmarks/train_pair.py --out DIR                          a few hours on one core
     python benchmarks/train_pair.py --out DIR --text CORPUS --minutes 30
-    python benchmarks/train_pair.py --out DIR --noise 0.35 --draft DRAFT      a weak draft from a given one
 
 Owns the recipe and the command line. How text becomes tokens is in `training_text.py`, one training run in
 `training_run.py`.
@@ -20,7 +19,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import shutil
 import subprocess
 import sys
 import time
@@ -28,8 +26,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from vllm_specbranch.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -154,38 +150,6 @@ def train_pair(args: argparse.Namespace) -> dict[str, Any]:
     return card
 
 
-def add_noise(draft: Path, out: Path, scale: float, seed: int) -> None:
-    """Write a copy of a model with Gaussian noise on its weight matrices: a poorly aligned draft.
-
-    Args:
-        draft: folder of the model.
-        out: folder to write; never `draft`.
-        scale: standard deviation of the noise, in standard deviations of each matrix.
-        seed: of the noise.
-
-    Raises:
-        ConfigError: `scale` is not positive, or `out` is `draft`.
-    """
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    if not scale > 0:
-        raise ConfigError(scale, "above 0", "noise")
-    if out.resolve() == draft.resolve():
-        raise ConfigError(str(out), "a folder other than the draft's", "out")
-    generator = torch.Generator().manual_seed(seed)
-    tensors = load_file(draft / "model.safetensors")
-    for name in sorted(tensors):
-        weight = tensors[name]
-        if weight.dim() == 2:
-            noise = torch.randn(weight.shape, generator=generator) * (scale * weight.float().std())
-            tensors[name] = (weight.float() + noise).to(weight.dtype)
-    out.mkdir(parents=True, exist_ok=True)
-    for file in draft.glob("*.json"):
-        shutil.copyfile(file, out / file.name)
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-
-
 def _new_model(size: PairSize, role: str, seed: int) -> LlamaForCausalLM:
     """Return a float32 model with fresh weights."""
     import torch
@@ -270,23 +234,13 @@ def _parser() -> argparse.ArgumentParser:
         "--precision", choices=("auto", "bf16", "float32"), default="auto", help="auto: the faster here (default)"
     )
     parser.add_argument("--checkpoint-s", type=float, default=120.0, help="seconds between checkpoints (default 120)")
-    parser.add_argument(
-        "--noise", type=float, help="only write a weak draft: noise in standard deviations of each matrix"
-    )
-    parser.add_argument("--draft", type=Path, help="with --noise: the draft to weaken (default: the shipped one)")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, write: Callable[[str], object] = sys.stdout.write) -> int:
-    """Run the command line; the last line written is the card, or what was weakened, as JSON."""
+    """Run the command line; the last line written is the card as JSON."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if args.noise is not None:
-        from vllm_specbranch.shipped_pair import draft_path
-
-        add_noise(args.draft or draft_path(), args.out, args.noise, args.seed)
-        write(json.dumps({"out": str(args.out), "noise": args.noise, "seed": args.seed}) + "\n")
-        return 0
     write(json.dumps(train_pair(args)) + "\n")
     return 0
 

@@ -12,8 +12,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PROMPTS = REPOSITORY / "benchmarks" / "prompts"
 TARGET = str(target_path())
 DRAFT = str(draft_path())
-# The noise of the poorly matched draft in the model card, in standard deviations of each weight matrix.
-WEAK_NOISE = 0.35
 
 
 def holdout_texts() -> list[str]:
@@ -46,7 +44,7 @@ def holdout_prompts(count: int, num_chars: int = 400) -> list[str]:
 
 def make_weak_draft(folder: Path) -> str:
     """Write the poorly matched draft to `folder` and return its path."""
-    from benchmarks.train_pair import add_noise
+    from vllm_specbranch.weaken import weaken
 
-    add_noise(Path(DRAFT), folder, WEAK_NOISE, seed=0)
+    weaken(Path(DRAFT), folder)
     return str(folder)

@@ -6,24 +6,27 @@ exactly nothing to the residual stream; extra MLP neurons have random `gate_proj
 `down_proj` columns. Every new weight is stored in full, so a forward pass reads and multiplies all of them: the cost
 is real, the logits, and with them the acceptance rate of a draft model, stay those of the source.
 
-Owns the rewriting of weights, the check of the result, and the cache of results. It does not run vLLM and measures no
-time. Runs in the demo, in benchmarks and in `benchmarks/deepen.py`, never in an engine; imports torch only when
+Owns the rewriting of weights and the check of the result; files and cache are in `made_models`. It does not run vLLM and measures
+no time. Runs in the demo, in benchmarks and in `benchmarks/deepen.py`, never in an engine; imports torch only when
 something has to be made.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_specbranch.config import cache_directory
 from vllm_specbranch.errors import ConfigError, SpecBranchError
+from vllm_specbranch.made_models import (
+    cached_folder,
+    made_once,
+    read_config,
+    read_tensors,
+    require_other_folder,
+    write_model,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -73,26 +76,19 @@ def deepen(source: Path, out: Path, extra_layers: int, mlp_size: int | None, see
     Raises:
         ConfigError: an architecture that this does not know, a size that is too small, or `out` is `source`.
     """
-    from safetensors.torch import save_file
-
-    config = _read_config(source)
+    config = _known_config(source)
     old_layers, old_mlp = int(config["num_hidden_layers"]), int(config["intermediate_size"])
     new_mlp = old_mlp if mlp_size is None else mlp_size
     if extra_layers < 0:
         raise ConfigError(extra_layers, "0 or more", "layers")
     if new_mlp < old_mlp:
         raise ConfigError(new_mlp, f"at least the source's {old_mlp}", "mlp")
-    if out.resolve() == source.resolve():
-        raise ConfigError(str(out), "a folder other than the source", "out")
-    tensors = _read_tensors(source)
+    require_other_folder(source, out)
+    tensors = read_tensors(source)
     num_before = sum(tensor.numel() for tensor in tensors.values())
     _add_layers(tensors, old_layers, extra_layers)
     _widen(tensors, new_mlp - old_mlp, seed)
-    out.mkdir(parents=True, exist_ok=True)
-    for stale in out.glob("*.safetensors"):
-        stale.unlink()
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    _write_config(source, out, config, old_layers + extra_layers, new_mlp)
+    write_model(source, out, tensors, _changed_config(config, old_layers + extra_layers, new_mlp))
     return DeepenReport(
         source=str(source),
         out=str(out),
@@ -118,7 +114,7 @@ def check(report: DeepenReport, seed: int = 0, num_tokens: int = 64) -> DeepenRe
     """
     import torch
 
-    vocab_size = int(_read_config(Path(report.source))["vocab_size"])
+    vocab_size = int(read_config(Path(report.source))["vocab_size"])
     tokens = torch.randint(vocab_size, (1, num_tokens), generator=torch.Generator().manual_seed(seed))
     before, after = _logits(report.source, tokens), _logits(report.out, tokens)
     return dataclasses.replace(
@@ -141,11 +137,8 @@ def _logits(model: str, tokens: torch.Tensor) -> torch.Tensor:
         return logits
 
 
-def _read_config(source: Path) -> dict[str, Any]:
-    path = source / "config.json"
-    if not path.is_file():
-        raise ConfigError(str(source), "a folder with config.json", "source")
-    config: dict[str, Any] = json.loads(path.read_text())
+def _known_config(source: Path) -> dict[str, Any]:
+    config = read_config(source)
     architecture = next(iter(config.get("architectures") or ()), None)
     if architecture not in ARCHITECTURES:
         raise ConfigError(architecture, ", ".join(ARCHITECTURES), "architectures in config.json")
@@ -154,15 +147,6 @@ def _read_config(source: Path) -> dict[str, Any]:
             config["quantization_config"].get("quant_method"), "unquantised weights", "quantization_config"
         )
     return config
-
-
-def _read_tensors(source: Path) -> Tensors:
-    from safetensors.torch import load_file
-
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(str(source), "a folder with *.safetensors", "source")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def _add_layers(tensors: Tensors, num_layers: int, extra: int) -> None:
@@ -196,15 +180,11 @@ def _widen(tensors: Tensors, extra: int, seed: int) -> None:
             tensors[name] = torch.cat([tensor, tensor.new_zeros(tensor.shape[0], extra)], dim=1).contiguous()
 
 
-def _write_config(source: Path, out: Path, config: dict[str, Any], num_layers: int, mlp_size: int) -> None:
-    """Write the changed config.json and copy tokenizer and generation files beside it."""
+def _changed_config(config: dict[str, Any], num_layers: int, mlp_size: int) -> dict[str, Any]:
     changed = {**config, "num_hidden_layers": num_layers, "intermediate_size": mlp_size}
     if isinstance(kinds := config.get("layer_types"), list):
         changed["layer_types"] = [kinds[index % len(kinds)] for index in range(num_layers)]
-    for file in source.iterdir():
-        if file.suffix in (".json", ".model", ".txt", ".jinja") and not file.name.endswith(".safetensors.index.json"):
-            shutil.copyfile(file, out / file.name)
-    (out / "config.json").write_text(json.dumps(changed, indent=2) + "\n")
+    return changed
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -229,40 +209,21 @@ def cached(source: Path, extra_layers: int, mlp_size: int | None, cache: Path | 
         ConfigError: as in `deepen`.
         SpecBranchError: the result is not the same function.
     """
-    config = _read_config(source)
+    config = _known_config(source)
     layers = int(config["num_hidden_layers"]) + extra_layers
-    name = f"{source.name}-{layers}x{mlp_size or config['intermediate_size']}-{_digest(source)[:12]}"
-    folder = (cache_directory() if cache is None else cache) / name
-    if not (folder / _REPORT).is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # Made aside and renamed, so that a folder with that name is always complete.
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="unfinished-") as aside:
-            made = Path(aside) / "model"
-            report = check(deepen(source, made, extra_layers, mlp_size))
-            _require_same_function(report)
-            report = dataclasses.replace(report, out=str(folder))
-            (made / _REPORT).write_text(json.dumps(dataclasses.asdict(report)) + "\n")
-            shutil.rmtree(folder, ignore_errors=True)
-            made.rename(folder)
-    return _read_report(folder)
+    folder = cached_folder(source, f"{layers}x{mlp_size or config['intermediate_size']}", cache)
 
+    def make(aside: Path) -> dict[str, Any]:
+        report = check(deepen(source, aside, extra_layers, mlp_size))
+        _require_same_function(report)
+        return dataclasses.asdict(dataclasses.replace(report, out=str(folder)))
 
-def _digest(source: Path) -> str:
-    """The sha256 of what the result depends on: the config and the weights."""
-    digest = hashlib.sha256()
-    for path in [source / "config.json", *sorted(source.glob("*.safetensors"))]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    stored = made_once(folder, _REPORT, make)
+    pairs = {key: tuple(stored[key]) for key in ("num_layers", "mlp_size", "num_parameters")}
+    return DeepenReport(**(stored | pairs))
 
 
 def _require_same_function(report: DeepenReport) -> None:
     difference = report.max_logit_difference
     if difference is None or difference > MAX_LOGIT_DIFFERENCE or not report.same_argmax:
         raise SpecBranchError(f"{report.out} does not compute what {report.source} does: logits differ by {difference}")
-
-
-def _read_report(folder: Path) -> DeepenReport:
-    stored = json.loads((folder / _REPORT).read_text())
-    pairs = {key: tuple(stored[key]) for key in ("num_layers", "mlp_size", "num_parameters")}
-    return DeepenReport(**(stored | pairs))

@@ -40,7 +40,7 @@ ROOMS = {
     "cli": ANYTHING,
     "compare": room("", "torch transformers"),
     "config": room("errors"),
-    "deepen": room("config errors", "safetensors torch transformers"),
+    "deepen": room("errors made_models", "torch transformers"),
     "demo": ANYTHING,
     "doctor": ANYTHING,
     "draft_check": room("config errors", "vllm huggingface_hub"),
@@ -65,6 +65,7 @@ ROOMS = {
     "kv_blocks": room("errors"),
     "length_head": room("errors", "numpy safetensors torch"),
     "lineup": room("config errors measure_messages"),
+    "made_models": room("config errors", "safetensors torch"),
     "measure": room("config errors measure_messages", "msgspec"),
     "measure_child": room("measure_messages", "msgspec torch vllm"),
     "measure_messages": room("", "msgspec"),
@@ -88,6 +89,7 @@ ROOMS = {
     "speculative_config": room("config draft_check errors", "pydantic vllm"),
     "token_tree": room("errors"),
     "transport": room("errors messages", "zmq"),
+    "weaken": room("errors made_models", "torch"),
     "worker": room("errors plugin proposer", "vllm"),
 }
 PATCH_ROOM = room("config errors patching plugin proposer speculative_config", "torch vllm")

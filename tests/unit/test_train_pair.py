@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import train_pair
-from tests.model_paths import DRAFT, WEAK_NOISE, holdout_texts
+from tests.model_paths import holdout_texts
 from vllm_specbranch.errors import ConfigError
 
 
@@ -127,25 +127,3 @@ def test_too_little_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         run(tmp_path / "out", tmp_path)
     assert caught.value.field == "text"
-
-
-def test_noise_has_the_asked_size_and_spares_the_norms(tmp_path: Path) -> None:
-    assert (
-        train_pair.main(["--out", str(tmp_path), "--noise", str(WEAK_NOISE), "--seed", "3"], write=lambda line: None)
-        == 0
-    )
-    strong, weak = load_file(f"{DRAFT}/model.safetensors"), load_file(tmp_path / "model.safetensors")
-    for name, weight in strong.items():
-        added = (weak[name].float() - weight.float()).std() / weight.float().std() if weight.dim() == 2 else None
-        if added is None:
-            assert torch.equal(weak[name], weight)
-        else:
-            assert float(added) == pytest.approx(WEAK_NOISE, rel=0.05)
-    assert (tmp_path / "tokenizer.json").read_bytes() == Path(DRAFT, "tokenizer.json").read_bytes()
-
-
-@pytest.mark.parametrize(("noise", "out", "field"), [(0.0, None, "noise"), (0.3, DRAFT, "out")])
-def test_noise_refuses_what_makes_no_sense(tmp_path: Path, noise: float, out: str | None, field: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        train_pair.add_noise(Path(DRAFT), Path(out) if out else tmp_path, noise, seed=0)
-    assert caught.value.field == field
