@@ -1,8 +1,8 @@
 """Make from a draft model a weaker one, which guesses the target's tokens less often: a poorly aligned pair at no training.
 
 Every weight matrix gets Gaussian noise in proportion to its own standard deviation; norms and biases stay. Config and tokenizer
-stay as well, so a draft step costs what it did: only the acceptance rate falls. With 0.35 the shipped draft's first choice is right at
-49% of the positions of the target's greedy path instead of 76% (see the model card).
+stay as well, so a draft step costs what it did: only the acceptance rate falls. With 0.35 the shipped draft's first choice is right
+at about half of the positions of the target's greedy path instead of at three quarters (see the model card).
 
 Owns the noise and its report. Runs in benchmarks and in `benchmarks/weaken.py`, never in an engine; imports torch only when
 something has to be made.
