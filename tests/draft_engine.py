@@ -43,16 +43,25 @@ class Engine:
     hits: dict[str, bool] = field(default_factory=dict)
     round: int = 0
     num_ahead: int = 0
+    in_flight: bool = False
+
+    def tell(self, message: messages.EngineMessage) -> list[Reply]:
+        """Give the server a message, while a forward is under way if `in_flight`."""
+        batch = self.server.begin_step() if self.in_flight else None
+        replies = self.server.handle(PEER, message)
+        if batch is not None:
+            replies += self.server.finish_step(batch, self.server.run_forward(batch))
+        return replies
 
     def open(self, name: str, tokens: list[int], sampling: messages.Sampling | None = None) -> None:
         self.sequences[name] = list(tokens)
         self.samplings[name] = sampling
         self.drafts[name] = []
-        assert self.server.handle(PEER, messages.StepBegin([messages.Open(name, tokens, sampling)], [])) == []
+        assert self.tell(messages.StepBegin([messages.Open(name, tokens, sampling)], [])) == []
 
     def close(self, name: str) -> None:
         del self.sequences[name], self.drafts[name]
-        self.server.handle(PEER, messages.StepBegin([], [name]))
+        self.tell(messages.StepBegin([], [name]))
 
     def chain(self, name: str, context: list[int], num_tokens: int) -> list[int]:
         """What the draft model says or draws after a context, computed without tree or KV."""
@@ -76,7 +85,7 @@ class Engine:
         for name, (position, tokens) in outcomes.items():
             self.sequences[name] = self.sequences[name][:position] + tokens
             commits.append(messages.Commit(name, position, tokens, len(self.drafts[name])))
-        replies = self.server.handle(PEER, messages.CommitBatch(self.round, max_wait_ms, commits))
+        replies = self.tell(messages.CommitBatch(self.round, max_wait_ms, commits))
         for _ in range(most_steps):
             if self.take_ahead(replies):
                 break

@@ -30,6 +30,8 @@ class DeterministicDraftServer(DraftServer):
         chunk_tokens: most tokens of a chunk; the owed steps are enough for one chunk below every branch.
     """
 
+    takes_messages_in_flight = False
+
     def __init__(self, *args: Any, chunk_tokens: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._steps_per_round = chunk_tokens + MORE_STEPS
@@ -49,7 +51,7 @@ class DeterministicDraftServer(DraftServer):
     def _take_in(self) -> list[Reply]:
         """Take in queued messages until one owes draft steps or a reply."""
         replies: list[Reply] = []
-        while self._queue and not self._steps_owed and not self._has_pending():
+        while self._queue and not self._steps_owed and not self.has_pending:
             peer, message = self._queue.popleft()
             try:
                 replies += super().handle(peer, message)
@@ -66,9 +68,6 @@ class DeterministicDraftServer(DraftServer):
             self._steps_owed = owed - 1 if worked else 0
         return replies + more, worked or bool(self._queue)
 
-    def _has_pending(self) -> bool:
-        return any(peer.pending is not None for peer in self._peers.values())
-
     def _reply(self, peer_id: bytes, pending: PendingReply) -> messages.DraftBatch:
         self._steps_owed = self._steps_per_round
         return super()._reply(peer_id, pending)
@@ -77,10 +76,11 @@ class DeterministicDraftServer(DraftServer):
         """Nothing: the engine waits for the reply however long it takes."""
         return []
 
-    def _waits_for(self, peer_id: bytes, pending: PendingReply) -> list[DraftRequest]:
+    def _waits_for(self, peer_id: bytes, pending: PendingReply) -> list[tuple[DraftRequest, int]]:
         """The requests that still lack tokens, or their prefill, whatever that costs."""
-        waiting = [request for request, _ in self._growing(peer_id, pending)]
-        return waiting + [one for one in self._of(peer_id, pending) if self._prefill_work(one) is not None]
+        waiting = [(request, chunk.end) for request, chunk in self._growing(peer_id, pending)]
+        prefills = [one for one in self._of(peer_id, pending) if self._prefill_work(one) is not None]
+        return waiting + [(one, one.tree.root) for one in prefills]
 
     def _of(self, peer_id: bytes, pending: PendingReply) -> list[DraftRequest]:
         found = (self._requests.get((peer_id, request_id)) for request_id in pending.hits)
@@ -94,7 +94,7 @@ class DeterministicDraftServer(DraftServer):
                 self._is_prefilling = True
                 return [work]
         self._is_prefilling = False
-        if self._has_pending() or self._steps_owed:
+        if self.has_pending or self._steps_owed:
             return super()._wanted()
         return []
 

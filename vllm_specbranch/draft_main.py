@@ -18,9 +18,11 @@ from pathlib import Path
 
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_deterministic import DeterministicDraftServer
+from vllm_specbranch.draft_loop import serve
 from vllm_specbranch.draft_model import DraftModel
 from vllm_specbranch.draft_sampling import RandomNumber, uniform
-from vllm_specbranch.draft_server import DraftServer, Model, serve
+from vllm_specbranch.draft_server import DraftServer
+from vllm_specbranch.draft_steps import Model
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.kv_blocks import KVBlocks

@@ -77,6 +77,10 @@ class DraftRequest:
         """How many tokens, up to and with the leaf's, have no KV yet; 0 when the leaf has been fed."""
         return self.tree.node(leaf).position + 1 - self._kv.num_tokens(self._owned[leaf])
 
+    def is_complete(self, leaf: int, sequence: int) -> bool:
+        """Whether a leaf that was to be fed through a KV sequence still has that one, and all its tokens have KV."""
+        return self._owned.get(leaf) == sequence and not self.num_pending(leaf)
+
     def has_kv(self, node_id: int) -> bool:
         """Whether a node has its KV, so that it can be forked at; after an eviction it lacks it until the chain is fed again."""
         leaf = node = self.tree.node(node_id)

@@ -79,6 +79,9 @@ class ServerEndpoint(Protocol):
     def recv(self, timeout_ms: float) -> tuple[bytes, EngineMessage] | None:
         """The next message and its sender, or None after `timeout_ms` in all; 0 or less takes only what has arrived."""
 
+    def watch(self, descriptor: int) -> None:
+        """Lets `recv` also return, with None, while this file descriptor is readable."""
+
     def send(self, peer: bytes, message: ServerMessage) -> bool:
         """Queues a message for a sender that `recv` named; never blocks. False: nothing was sent (gone or full)."""
 
@@ -175,6 +178,9 @@ class _Link(Protocol):
     def fetch(self, timeout_ms: float) -> _Frames | None:
         """The frames of the next arrival, or None if there is none within `timeout_ms` or the link is closed."""
 
+    def watch(self, descriptor: int) -> None:
+        """Lets `fetch` also return while this file descriptor is readable."""
+
     def close(self) -> None:
         """Closes; again does nothing."""
 
@@ -221,6 +227,9 @@ class _Port:
             return self._socket.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             return None
+
+    def watch(self, descriptor: int) -> None:
+        self._poller.register(descriptor, zmq.POLLIN)
 
     def close(self) -> None:
         self._closed = True
@@ -283,6 +292,9 @@ class _MemoryLink:
 
     def fetch(self, timeout_ms: float) -> _Frames | None:
         return self._inbox.arrivals.popleft() if self._inbox.arrivals else None
+
+    def watch(self, descriptor: int) -> None:
+        """Nothing to do: `fetch` never waits."""
 
     def close(self) -> None:
         self._inbox.closed = True
@@ -366,6 +378,9 @@ class _Server(_Channel[tuple[bytes, EngineMessage]]):
             return frames[0], messages.decode_for_server(_only(frames[1:]))
 
         super().__init__(link, read, f"the draft server's end of {name}")
+
+    def watch(self, descriptor: int) -> None:
+        self._link.watch(descriptor)
 
     def send(self, peer: bytes, message: ServerMessage) -> bool:
         return self._send([peer], message)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.draft_engine import PEER, make_engine
 from vllm_specbranch import messages
-from vllm_specbranch.draft_server import serve
+from vllm_specbranch.draft_loop import serve
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import WireError
 from vllm_specbranch.transport import memory_pair
@@ -197,9 +197,17 @@ def test_serve_answers_until_told_to_stop_and_survives_a_refused_message() -> No
     gamma=st.integers(1, 6),
     stop_rule=st.sampled_from(["none", "confidence", "adaedl"]),
     deterministic=st.booleans(),
+    in_flight=st.booleans(),
 )
 def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_distributions_and_leaks_nothing(
-    seed: int, policy: str, on_miss: str, num_blocks: int, gamma: int, stop_rule: str, deterministic: bool
+    seed: int,
+    policy: str,
+    on_miss: str,
+    num_blocks: int,
+    gamma: int,
+    stop_rule: str,
+    deterministic: bool,
+    in_flight: bool,
 ) -> None:
     rng = random.Random(seed)
     engine = make_engine(
@@ -211,6 +219,7 @@ def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_distributions
         stop_rule=stop_rule,
         deterministic=deterministic,
     )
+    engine.in_flight = in_flight and not deterministic
     for number in range(25):
         if len(engine.sequences) < 4 and rng.random() < 0.4:
             sampling = messages.Sampling(rng.choice([0.3, 1.0]), rng.choice([1, 4, 50]), rng.randrange(2**62))

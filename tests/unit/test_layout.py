@@ -47,8 +47,10 @@ ROOMS = {
     "draft_deterministic": room("draft_peers draft_request draft_server draft_work errors messages"),
     "draft_distributions": room("messages", "numpy vllm"),
     "draft_link": room("config errors messages metrics placement transport"),
+    "draft_loop": room("draft_server draft_steps errors token_tree transport"),
     "draft_main": room(
-        "config draft_deterministic draft_model draft_sampling draft_server draft_work errors kv_blocks placement planner transport"
+        "config draft_deterministic draft_loop draft_model draft_sampling draft_server draft_steps draft_work errors kv_blocks "
+        "placement planner transport"
     ),
     "draft_model": room("draft_runtime errors kv_blocks messages token_tree", "numpy torch vllm"),
     "draft_peers": room(),
@@ -56,21 +58,24 @@ ROOMS = {
     "draft_request": room("draft_sampling errors kv_blocks messages planner token_tree"),
     "draft_runtime": room("draft_model errors kv_blocks messages", "numpy psutil torch vllm"),
     "draft_sampling": room(),
-    "draft_server": room(
-        "draft_model draft_peers draft_pressure draft_request draft_sampling draft_work errors kv_blocks messages metrics planner "
-        "token_tree transport"
+    "draft_server": room("draft_peers draft_request draft_steps draft_work errors messages planner token_tree"),
+    "draft_steps": room(
+        "draft_model draft_pressure draft_request draft_sampling draft_work errors kv_blocks metrics planner token_tree"
     ),
     "draft_work": room("draft_peers draft_request"),
+    "emulation": room("measure_messages"),
     "errors": room(),
     "kv_blocks": room("errors"),
     "length_head": room("errors", "numpy safetensors torch"),
     "lineup": room("config errors measure_messages"),
     "made_models": room("config errors", "safetensors torch"),
     "measure": room("config errors measure_messages", "msgspec"),
-    "measure_child": room("measure_messages", "msgspec torch vllm"),
+    "measure_child": room("measure_messages observed_engine", "msgspec torch vllm"),
     "measure_messages": room("", "msgspec"),
     "messages": room("errors", "msgspec"),
     "metrics": room(),
+    "observed_draft_main": room("draft_main draft_model emulation kv_blocks token_tree"),
+    "observed_engine": room("emulation errors measure_messages placement"),
     "patching": room("errors"),
     "placement": room("config draft_model errors", "msgspec psutil ray"),
     "planner": room("config errors token_tree"),

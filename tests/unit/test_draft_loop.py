@@ -1,0 +1,135 @@
+"""The loop of the draft server: two threads, real sockets, no model."""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.draft_engine import BLOCK_SIZE
+from tests.fakes import FakeDraftModel
+from vllm_specbranch import messages
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.draft_loop import serve
+from vllm_specbranch.draft_main import make_server
+from vllm_specbranch.draft_model import Row
+from vllm_specbranch.draft_server import DraftServer
+from vllm_specbranch.draft_work import Limits
+from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
+from vllm_specbranch.token_tree import Candidates
+from vllm_specbranch.transport import ClientChannel, ServerEndpoint, bind, connect, memory_pair
+
+TIMEOUT_MS = 10_000.0
+
+
+class GatedModel(FakeDraftModel):
+    """Its forwards begin when they like, and end when they may."""
+
+    def __init__(self) -> None:
+        super().__init__(64, BLOCK_SIZE)
+        self.begun = threading.Semaphore(0)
+        self.may_end = threading.Semaphore(0)
+        self.is_broken = False
+
+    def forward(self, rows: Sequence[Row], copies: Sequence[BlockCopy], top_k: int) -> list[Candidates]:
+        self.begun.release()
+        assert self.may_end.acquire(timeout=TIMEOUT_MS / 1e3)
+        if self.is_broken:
+            raise RuntimeError("the device is gone")
+        return super().forward(rows, copies, top_k)
+
+
+def served(model: FakeDraftModel, endpoint: ServerEndpoint, **keys: object) -> tuple[DraftServer, threading.Thread]:
+    config = SpecBranchConfig.from_user({"model": "draft", "num_speculative_tokens": 4, "on_miss": "go"} | keys)
+    server = make_server(config, model, KVBlocks(64, BLOCK_SIZE), Limits())
+    thread = threading.Thread(target=serve, args=(server, endpoint))
+    thread.start()
+    return server, thread
+
+
+@pytest.fixture
+def ends(tmp_path: Path) -> Iterator[tuple[ClientChannel, ServerEndpoint]]:
+    address = f"ipc://{tmp_path}/s"
+    endpoint = bind(address)
+    client = connect(address)
+    yield client, endpoint
+    client.close()
+    endpoint.close()
+
+
+def test_a_reply_does_not_wait_for_the_forward_under_way(ends: tuple[ClientChannel, ServerEndpoint]) -> None:
+    client, endpoint = ends
+    model = GatedModel()
+    _, thread = served(model, endpoint)
+    client.send(messages.Hello("s", 50, 500))
+    assert isinstance(client.recv(TIMEOUT_MS), messages.Ready)
+    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    assert model.begun.acquire(timeout=TIMEOUT_MS / 1e3)
+    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4], 0)]))
+    reply = client.recv(TIMEOUT_MS)
+    assert isinstance(reply, messages.DraftBatch)
+    assert (reply.round, reply.drafts[0].position) == (1, 4)
+    assert not model.may_end.acquire(blocking=False), "the forward is still under way"
+    client.send(messages.Shutdown())
+    model.may_end.release(1000)
+    thread.join(TIMEOUT_MS / 1e3)
+    assert not thread.is_alive()
+
+
+def test_drafting_goes_on_between_messages_and_is_found_at_the_next_commit(
+    ends: tuple[ClientChannel, ServerEndpoint],
+) -> None:
+    client, endpoint = ends
+    model = FakeDraftModel(64, BLOCK_SIZE, confidences=(0.95,))
+    server, thread = served(model, endpoint)
+    client.send(messages.Hello("s", 50, 500))
+    assert isinstance(client.recv(TIMEOUT_MS), messages.Ready)
+    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    until_s = time.monotonic() + TIMEOUT_MS / 1e3
+    while model.num_forwards < 6 and time.monotonic() < until_s:
+        time.sleep(0.001)
+    context = [1, 2, 3]
+    first = model.chain(context, 1, 8)
+    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, first, 0)]))
+    reply = client.recv(TIMEOUT_MS)
+    assert isinstance(reply, messages.DraftBatch)
+    (draft,) = reply.drafts
+    assert draft.hit
+    assert draft.tokens == model.chain(context + first, len(draft.tokens), 8)
+    assert len(draft.tokens) == 4
+    client.send(messages.Shutdown())
+    thread.join(TIMEOUT_MS / 1e3)
+    assert not thread.is_alive()
+    server.check_integrity()
+
+
+def test_a_forward_that_fails_ends_the_server() -> None:
+    model = GatedModel()
+    client, endpoint = memory_pair()
+    model.is_broken = True
+    model.may_end.release()
+    client.send(messages.Hello("s", 50, 500))
+    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    config = SpecBranchConfig.from_user({"model": "draft"})
+    server = make_server(config, model, KVBlocks(64, BLOCK_SIZE), Limits())
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        serve(server, endpoint)
+
+
+def test_a_message_that_breaks_the_server_thread_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, endpoint = memory_pair()
+    server = make_server(
+        SpecBranchConfig.from_user({"model": "draft"}),
+        FakeDraftModel(64, BLOCK_SIZE),
+        KVBlocks(64, BLOCK_SIZE),
+        Limits(),
+    )
+
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(server, "handle", fail)
+    client.send(messages.Hello("s", 50, 500))
+    with pytest.raises(ZeroDivisionError):
+        serve(server, endpoint)

@@ -1,0 +1,130 @@
+"""The loop of a draft server: messages in, replies out, and drafting in between. The only place where it waits.
+
+Owns the two threads of the process. Forwards run on the calling thread, the one that loaded the model; messages, trees and replies
+belong to a second one, which goes on working while a forward is under way. So a reply never waits for a draft step that has just
+begun, which at the pace of a large draft model is several milliseconds. Runs in the draft server process.
+
+    server thread   recv, handle, send .. begin_step ---- recv, handle, send ---- finish_step, send .. begin_step
+    calling thread                              [ forward on the draft device ]                              [ ...
+"""
+
+import os
+import queue
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from vllm_specbranch.draft_server import DraftServer, Reply
+from vllm_specbranch.draft_steps import Batch
+from vllm_specbranch.errors import WireError
+from vllm_specbranch.token_tree import Candidates
+from vllm_specbranch.transport import ServerEndpoint
+
+IDLE_WAIT_MS = 500.0
+
+
+def serve(server: DraftServer, endpoint: ServerEndpoint) -> None:
+    """Answer messages and draft in between, until told to shut down.
+
+    Blocks while there is nothing to draft.
+    """
+    if not server.takes_messages_in_flight:
+        _serve_by_turns(server, endpoint)
+        return
+    forwards = _Forwards(server)
+    endpoint.watch(forwards.done_fd)
+    with ThreadPoolExecutor(1, "server") as pool:
+        served = pool.submit(_serve_in_flight, server, endpoint, forwards)
+        forwards.run()
+        served.result()
+    forwards.close()
+
+
+class _Forwards:
+    """Hands batches from the server thread to the calling one, and the predictions back."""
+
+    def __init__(self, server: DraftServer) -> None:
+        self._server = server
+        self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
+        self._results: queue.SimpleQueue[list[Candidates]] = queue.SimpleQueue()
+        # Readable from the end of a forward until its result is taken: what the server thread polls beside its socket.
+        self.done_fd = os.eventfd(0, os.EFD_NONBLOCK)
+        self.is_over = False
+
+    def run(self) -> None:
+        """Run forwards until `stop`; raises what a forward raises."""
+        try:
+            while (batch := self._batches.get()) is not None:
+                self._results.put(self._server.run_forward(batch))
+                os.eventfd_write(self.done_fd, 1)
+        finally:
+            self.is_over = True
+            os.eventfd_write(self.done_fd, 1)
+
+    def start(self, batch: Batch) -> None:
+        """Let a forward begin."""
+        self._batches.put(batch)
+
+    def stop(self) -> None:
+        """End `run`, once what was started is done."""
+        self._batches.put(None)
+
+    def take(self) -> list[Candidates] | None:
+        """What the forward that was started last predicts; None while it is under way."""
+        try:
+            found = self._results.get_nowait()
+        except queue.Empty:
+            return None
+        os.eventfd_read(self.done_fd)
+        return found
+
+    def close(self) -> None:
+        """Let go of the descriptor."""
+        os.close(self.done_fd)
+
+
+def _serve_in_flight(server: DraftServer, endpoint: ServerEndpoint, forwards: _Forwards) -> None:
+    """The server thread."""
+    try:
+        while not server.is_stopping:
+            batch = server.begin_step()
+            if batch is None:
+                # A reply that still waits is looked at again soon, even when nothing could be fed for want of blocks.
+                _send(endpoint, server.replies_due())
+                _take_in(server, endpoint, 0.0 if server.has_pending else IDLE_WAIT_MS)
+                continue
+            forwards.start(batch)
+            while (candidates := forwards.take()) is None:
+                if forwards.is_over:
+                    return
+                _take_in(server, endpoint, IDLE_WAIT_MS)
+            _send(endpoint, server.finish_step(batch, candidates))
+            _take_in(server, endpoint, 0.0)
+    finally:
+        forwards.stop()
+
+
+def _serve_by_turns(server: DraftServer, endpoint: ServerEndpoint) -> None:
+    """One thread: messages between draft steps only, for servers whose drafts must not depend on when a message comes."""
+    worked = False
+    while not server.is_stopping:
+        _take_in(server, endpoint, 0.0 if worked else IDLE_WAIT_MS)
+        replies, worked = server.step()
+        _send(endpoint, replies)
+
+
+def _take_in(server: DraftServer, endpoint: ServerEndpoint, wait_ms: float) -> None:
+    """Handle all messages that have arrived, after waiting for the first; answer at once what can be."""
+    received = endpoint.recv(wait_ms)
+    while received is not None:
+        peer, message = received
+        try:
+            replies = server.handle(peer, message)
+        except WireError as error:
+            replies = [(peer, server.refuse(error))]
+        _send(endpoint, replies)
+        received = endpoint.recv(0.0)
+
+
+def _send(endpoint: ServerEndpoint, replies: Iterable[Reply]) -> None:
+    for peer, reply in replies:
+        endpoint.send(peer, reply)

@@ -1,0 +1,262 @@
+"""The draft steps of a draft server: which rows the next forward feeds, and what its predictions make of the token trees.
+
+Owns the requests, their KV blocks and the one forward that may be in flight. A step has two halves, `begin_step` and `finish_step`;
+between them messages may be taken in, so requests may be committed, evicted, closed or opened while the draft model computes.
+`draft_server.DraftServer` adds the messages and the replies. Pure Python, draft server process.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from vllm_specbranch.draft_model import Row
+from vllm_specbranch.draft_pressure import relieve
+from vllm_specbranch.draft_request import DraftRequest
+from vllm_specbranch.draft_sampling import RandomNumber, uniform
+from vllm_specbranch.draft_work import MAX_DECODE_TOKENS, Limits, StepTimings, Work
+from vllm_specbranch.errors import SpecBranchError
+from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
+from vllm_specbranch.metrics import DraftServerCounters
+from vllm_specbranch.planner import Chunk, Planner
+from vllm_specbranch.token_tree import Candidates
+
+Key = tuple[bytes, str]
+
+
+class Model(Protocol):
+    """What the server needs of a draft model; `draft_model.DraftModel` and the fake of the tests have it."""
+
+    vocab_size: int
+    max_model_len: int
+
+    def forward(self, rows: Sequence[Row], copies: Sequence[BlockCopy], top_k: int) -> list[Candidates]:
+        """One batched forward; see `draft_model.DraftModel.forward`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One forward of the draft model: what goes in, and what for.
+
+    Attributes:
+        work: what each row is for, in the order of `rows`.
+        sequences: `[num_rows]` the KV sequence that each row writes to.
+        rows, copies, top_k: arguments of `Model.forward`.
+        started_s: by the server's clock.
+    """
+
+    work: list[Work]
+    sequences: list[int]
+    rows: list[Row]
+    copies: list[BlockCopy]
+    top_k: int
+    started_s: float
+
+
+class DraftSteps:
+    """Drafts for its requests; see the top of this file.
+
+    Args:
+        model: the draft model.
+        kv: its block pool.
+        planner: the policy.
+        limits: sizes of a draft step.
+        clock: seconds, monotonic.
+        random_number: of a request's stream, for (key, hash of the prefix).
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        kv: KVBlocks,
+        planner: Planner,
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        clock: Callable[[], float] = time.perf_counter,
+        random_number: RandomNumber = uniform,
+    ) -> None:
+        self._model = model
+        self.kv = kv
+        self._planner = planner
+        self._limits = limits
+        self._clock = clock
+        self._random_number = random_number
+        self._requests: dict[Key, DraftRequest] = {}
+        self._sequence_ids = itertools.count()
+        self._timings = StepTimings()
+        self._is_pressed = False
+        self._in_flight: Batch | None = None
+        self.counters = DraftServerCounters()
+
+    def _awaited_growth(self) -> list[tuple[DraftRequest, int]]:
+        """(request, node to feed) for chunks that open replies wait to see grow; these alone are fed then."""
+        raise NotImplementedError
+
+    def _awaited(self) -> set[int]:
+        """The requests (by `id`) whose next chunk has not been sent."""
+        raise NotImplementedError
+
+    # --- one step ---------------------------------------------------------------------------------------------------------
+
+    def begin_step(self) -> Batch | None:
+        """Choose what the next forward feeds, and make room for it; None if there is nothing to draft.
+
+        The caller runs the model on the batch, and calls `finish_step` before it begins another step.
+        """
+        assert self._in_flight is None, "one forward at a time"
+        work = self._select()
+        if not work:
+            return None
+        started_s = self._clock()
+        sequences: list[int] = []
+        rows: list[Row] = []
+        copies: list[BlockCopy] = []
+        for one in work:
+            position, tokens = one.request.pending(one.leaf, one.num_tokens)
+            copies += one.request.reserve(one.leaf, len(tokens))
+            sequence = one.request.sequence(one.leaf)
+            sequences.append(sequence)
+            rows.append(Row(tokens, position, self.kv.block_ids(sequence), one.request.sampling))
+        self._in_flight = Batch(work, sequences, rows, copies, self._planner.num_candidates, started_s)
+        return self._in_flight
+
+    def run_forward(self, batch: Batch) -> list[Candidates]:
+        """The forward of a batch; touches nothing but the model, so that it may run in another thread."""
+        return self._model.forward(batch.rows, batch.copies, batch.top_k)
+
+    def _end_step(self, batch: Batch, candidates: Sequence[Candidates]) -> None:
+        """Take in what the draft model predicts, and draft on below it."""
+        assert batch is self._in_flight
+        self._in_flight = None
+        self._observe(batch, self._clock() - batch.started_s)
+        touched: dict[int, DraftRequest] = {}
+        for one, sequence, predicted in zip(batch.work, batch.sequences, candidates, strict=True):
+            # Messages that were taken in meanwhile may have moved, evicted or closed the request.
+            if one.request.is_complete(one.leaf, sequence):
+                one.request.fed(one.leaf, predicted, self._planner.score(predicted))
+                touched[id(one.request)] = one.request
+        awaited = self._awaited()
+        for request_id, request in touched.items():
+            if request_id in awaited:
+                self._open_chunk(request)
+            else:
+                self._grow(request)
+
+    def _observe(self, batch: Batch, duration_s: float) -> None:
+        num_prefill_tokens = sum(one.num_tokens for one in batch.work if one.num_tokens > MAX_DECODE_TOKENS)
+        if num_prefill_tokens:
+            self._timings.observe_prefill(num_prefill_tokens, duration_s)
+        else:
+            self._timings.observe(len(batch.rows), duration_s)
+        self.counters.num_steps += 1
+        self.counters.num_rows += len(batch.rows)
+        self.counters.num_prefill_tokens += num_prefill_tokens
+
+    def _growth_s(self, num_pending: Sequence[int], now_s: float) -> float:
+        """Seconds until chunks grow whose ends lack so many tokens of KV; the step in flight feeds those that lack none."""
+        num_rows = sum(count > 0 for count in num_pending)
+        growth_s = self._timings.estimate_s(num_rows) if num_rows else 0.0
+        if self._in_flight is not None:
+            expected_s = self._timings.estimate_s(len(self._in_flight.rows))
+            growth_s += max(0.0, self._in_flight.started_s + expected_s - now_s)
+        return growth_s
+
+    # --- what to feed -----------------------------------------------------------------------------------------------------
+
+    def _select(self) -> list[Work]:
+        """The rows of the next draft step, after making room for them."""
+        work = self._wanted()
+        if not self._is_pressed or self.kv.num_free > self.kv.num_blocks // 4:
+            self._is_pressed = False
+        while work and self._num_new_blocks(work) > self.kv.num_free:
+            self._is_pressed = True
+            if relieve(self._requests.values(), {id(one.request) for one in work}, self.counters):
+                work = self._wanted()
+            else:
+                work = self._give_up(work)
+        return work
+
+    def _give_up(self, work: list[Work]) -> list[Work]:
+        """Without any other request to evict: draft shallower, and when even one row does not fit, evict its request."""
+        last = work.pop()
+        if not work:
+            last.request.evict()
+            self.counters.num_evictions += 1
+        return work
+
+    def _num_new_blocks(self, work: list[Work]) -> int:
+        return sum(self.kv.num_new_blocks(one.request.sequence(one.leaf), one.num_tokens) for one in work)
+
+    def _wanted(self) -> list[Work]:
+        waiting = self._awaited_growth()
+        if waiting:
+            self.counters.num_wait_steps += 1
+            return self._limits.cut([Work(one, end, one.num_pending(end)) for one, end in waiting], None)
+        return self._wanted_of_all()
+
+    def _wanted_of_all(self) -> list[Work]:
+        """First choices of all requests before their second ones, and one chunk of one prefill."""
+        by_rank: list[list[Work]] = []
+        prefill: Work | None = None
+        chunk = self._timings.prefill_chunk(self._limits.prefill_tokens)
+        for request in self._requests.values():
+            if request.is_evicted:
+                continue
+            for rank, leaf in enumerate(self._planner.rows(request.tree, request.chunk_end)):
+                num_pending = request.num_pending(leaf)
+                if self._is_at_the_end(request, leaf):
+                    continue
+                if num_pending > MAX_DECODE_TOKENS:
+                    prefill = prefill or Work(request, leaf, min(num_pending, chunk))
+                    continue
+                while len(by_rank) <= rank:
+                    by_rank.append([])
+                by_rank[rank].append(Work(request, leaf, num_pending))
+        if by_rank and len(by_rank[0]) > self._limits.num_rows:
+            # Not all requests fit: the one with the least drafted so far comes first, so that all get their turn.
+            by_rank[0].sort(key=lambda one: one.request.depth(one.leaf))
+        return self._limits.cut(list(itertools.chain.from_iterable(by_rank)), prefill)
+
+    # --- what grows -------------------------------------------------------------------------------------------------------
+
+    def _is_at_the_end(self, request: DraftRequest, leaf: int) -> bool:
+        return request.tree.node(leaf).position >= self._model.max_model_len - 1
+
+    def _open_chunk(self, request: DraftRequest) -> Chunk:
+        """What could be submitted now, with the draft's choice appended where its last token has been fed.
+
+        Always appended: were it there for some choices only (because a branch starts with it, say), a look at the drawn token would
+        decide whether it is submitted (rule 2 of the design, section 3).
+        """
+        chunk = self._planner.chunk(request.tree)
+        node = request.tree.node(chunk.end)
+        if chunk.is_complete or node.candidates is None or request.is_evicted:
+            return chunk
+        request.extend(chunk.end, node.choice)
+        self.counters.num_drafted_tokens += 1
+        return self._planner.chunk(request.tree)
+
+    def _grow(self, request: DraftRequest) -> None:
+        """Draft on below the branch point: candidates at the branch point itself, the draft's choices below them."""
+        if request.is_evicted or not request.has_kv(request.chunk_end):
+            return
+        tree, branch_point = request.tree, request.chunk_end
+        for leaf, token in self._planner.extensions(tree, branch_point):
+            request.extend(leaf, token)
+            self.counters.num_drafted_tokens += 1
+        has_branch = bool(tree.node(branch_point).children)
+        for token in self._planner.forks(tree, branch_point, most=1 if self._is_pressed else None):
+            request.extend(branch_point, token)
+            self.counters.num_forks += has_branch
+            self.counters.num_drafted_tokens += 1
+            has_branch = True
+
+    def check_integrity(self) -> None:
+        """Raise unless every request and the block pool are consistent; for tests and idle moments."""
+        self.kv.check_integrity()
+        for request in self._requests.values():
+            request.check_integrity()
+        held = sum(request.num_sequences for request in self._requests.values())
+        if held != self.kv.num_tables:
+            raise SpecBranchError(f"{held} sequences are owned by requests, the pool has {self.kv.num_tables} tables")
