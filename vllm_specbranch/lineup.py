@@ -4,9 +4,10 @@ Owns the choice of cores or devices and the specs made from it. Starts nothing. 
 imports neither torch nor vLLM.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from vllm_specbranch.config import METHOD
@@ -69,9 +70,9 @@ def place(
     Raises:
         ConfigError: a core that is not available.
     """
-    for field, wanted in (("--target-cores", target_cores), ("--draft-cores", draft_cores)):
+    for option, wanted in (("--target-cores", target_cores), ("--draft-cores", draft_cores)):
         if wanted is not None and not set(wanted) <= set(available):
-            raise ConfigError(",".join(map(str, wanted)), f"cores of {list(available)}", field)
+            raise ConfigError(",".join(map(str, wanted)), f"cores of {list(available)}", option)
     if num_gpus:
         return Placement(target_device=0, draft_device=min(1, num_gpus - 1))
     target = target_cores or tuple(available[:1])
@@ -86,6 +87,7 @@ class Lineup:
     Attributes:
         target, draft: folders of the models.
         num_engines: how many are alive at once; they share a GPU's memory.
+        observe, arguments: of every spec; see `EngineSpec`.
     """
 
     target: str
@@ -98,10 +100,38 @@ class Lineup:
     enforce_eager: bool = False
     seed: int = 0
     num_engines: int = 3
+    observe: bool = False
+    arguments: dict[str, Any] = field(default_factory=dict)
 
-    def plain(self, name: str = "plain", cores: tuple[int, ...] | None = None) -> EngineSpec:
-        """Plain vLLM."""
-        return self._spec(name, None, cores)
+    def plain(
+        self, name: str = "plain", cores: tuple[int, ...] | None = None, *, async_scheduling: bool | None = None
+    ) -> EngineSpec:
+        """Plain vLLM.
+
+        Args:
+            async_scheduling: on or off; None leaves vLLM's default.
+        """
+        arguments = {} if async_scheduling is None else {"async_scheduling": async_scheduling}
+        return self._spec(name, None, cores, arguments)
+
+    def ngram(
+        self,
+        num_tokens: int,
+        name: str = "ngram",
+        cores: tuple[int, ...] | None = None,
+        *,
+        lookup_max: int = 4,
+        lookup_min: int | None = None,
+    ) -> EngineSpec:
+        """vLLM's prompt look-up, which needs no draft model.
+
+        Args:
+            lookup_max, lookup_min: longest and shortest n-gram that is looked up; vLLM takes `lookup_max` for a minimum of None.
+        """
+        ngram = {"method": "ngram", "num_speculative_tokens": num_tokens, "prompt_lookup_max": lookup_max}
+        if lookup_min is not None:
+            ngram["prompt_lookup_min"] = lookup_min
+        return self._spec(name, ngram, cores)
 
     def draft_model(
         self, num_tokens: int, name: str = "draft_model", cores: tuple[int, ...] | None = None
@@ -121,7 +151,13 @@ class Lineup:
             ours["draft_gpu_memory_utilization"] = self._gpu_share()
         return self._spec(name, ours | settings, None)
 
-    def _spec(self, name: str, speculative: dict[str, Any] | None, cores: tuple[int, ...] | None) -> EngineSpec:
+    def _spec(
+        self,
+        name: str,
+        speculative: dict[str, Any] | None,
+        cores: tuple[int, ...] | None,
+        arguments: Mapping[str, Any] = MappingProxyType({}),
+    ) -> EngineSpec:
         device = self.placement.target_device
         return EngineSpec(
             name=name,
@@ -136,6 +172,8 @@ class Lineup:
             seed=self.seed,
             visible_devices=None if device is None else str(device),
             gpu_memory_utilization=None if device is None else self._gpu_share(),
+            observe=self.observe,
+            arguments=self.arguments | dict(arguments),
         )
 
     def _gpu_share(self) -> float:

@@ -24,10 +24,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from vllm_specbranch.config import child_environment
-from vllm_specbranch.errors import SpecBranchError
+from vllm_specbranch.errors import ConfigError, SpecBranchError
 from vllm_specbranch.measure_messages import (
     Answer,
     Command,
+    Emulation,
     Encode,
     Encoded,
     EngineSpec,
@@ -163,6 +164,7 @@ class Engine:
         batch_size: int = 1,
         temperature: float = 0.0,
         first_seed: int | None = None,
+        emulation: Emulation | None = None,
     ) -> RunResult:
         """Generate and measure.
 
@@ -172,11 +174,15 @@ class Engine:
             batch_size: prompts in the engine at the same time.
             temperature: 0 is greedy.
             first_seed: seed of the first request, one more for each following; None for requests without seeds.
+            emulation: stretch the forwards of this run.
 
         Raises:
+            ConfigError: emulation for an engine that is not observed.
             MeasureError: the engine died, failed, or took too long.
         """
-        command = Run([list(one) for one in prompts], max_tokens, batch_size, temperature, first_seed)
+        if emulation is not None and not self.spec.observe:
+            raise ConfigError(emulation, "None for an engine that is not observed (EngineSpec.observe)", "emulation")
+        command = Run([list(one) for one in prompts], max_tokens, batch_size, temperature, first_seed, emulation)
         return self._ask(command, RunResult)
 
     def ask_to_stop(self) -> None:

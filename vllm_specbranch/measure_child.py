@@ -32,6 +32,7 @@ from vllm_specbranch.measure_messages import (
     Stage,
     Stop,
 )
+from vllm_specbranch.observed_engine import Observation, ObservedEngine
 
 _VLLM_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
 _ACCEPTED_BY_POSITION = "num_accepted_tokens_per_pos"
@@ -97,14 +98,21 @@ def _by_position(counts: dict[int, int]) -> list[int]:
     return [counts.get(position, 0) for position in range(max(counts, default=-1) + 1)]
 
 
-def run(llm: Any, command: Run) -> RunResult:
+def run(llm: Any, command: Run, observed: ObservedEngine | None = None) -> RunResult:
     """Generate for every prompt, with at most `batch_size` requests in the engine, and note when what comes out."""
+    assert observed is not None or command.emulation is None, "emulation needs an observed engine"
     counters = Counters(llm)
     # A collection in the middle of a run would be counted to whoever is running.
     gc.collect()
     before = counters.read()
-    traces, wall_s, num_steps = _drive(llm.llm_engine, command)
+    if observed is not None:
+        observed.start(command.emulation)
+    started_s = time.perf_counter()
+    traces, wall_s, num_steps = _drive(llm.llm_engine, command, started_s)
     after = counters.read()
+    forwards = Observation()
+    if observed is not None:
+        forwards = observed.stop(started_s, started_s + wall_s, command.emulation)
     return RunResult(
         wall_s=wall_s,
         num_steps=num_steps,
@@ -112,14 +120,17 @@ def run(llm: Any, command: Run) -> RunResult:
         engine_counters=_difference(after.engine, before.engine),
         server_counters=_difference(after.server, before.server),
         server_timings_us=after.server_timings_us,
+        target_forwards=forwards.target,
+        draft_forwards=forwards.draft,
+        num_overruns=forwards.num_overruns,
         accepted_by_position=_by_position(_difference(after.accepted, before.accepted)),
         drafted_by_position=_by_position(_difference(after.drafted, before.drafted)),
         **_difference(after.vllm, before.vllm),
     )
 
 
-def _drive(engine: Any, command: Run) -> tuple[list[RequestTrace], float, int]:
-    """Return (traces in the order of the prompts, wall seconds, engine steps)."""
+def _drive(engine: Any, command: Run, started_s: float) -> tuple[list[RequestTrace], float, int]:
+    """Return (traces in the order of the prompts, wall seconds, engine steps). Times are since `started_s`."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -137,7 +148,6 @@ def _drive(engine: Any, command: Run) -> tuple[list[RequestTrace], float, int]:
     texts: dict[int, list[str]] = {index: [] for index in waiting}
     num_running = num_steps = 0
     now_s = 0.0
-    started_s = time.perf_counter()
     while waiting or num_running:
         while waiting and num_running < command.batch_size:
             index = waiting.pop()
@@ -164,24 +174,22 @@ def load(spec: EngineSpec) -> Any:
     """Start the engine. vLLM is already imported, and this process already on its cores."""
     from vllm import LLM
 
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {
+        "dtype": spec.dtype,
+        "max_model_len": spec.max_model_len,
+        "max_num_seqs": spec.max_num_seqs,
+        "kv_cache_memory_bytes": spec.kv_cache_bytes,
+        # Repetitions of one prompt must cost the same each time.
+        "enable_prefix_caching": False,
+        "enforce_eager": spec.enforce_eager,
+        "speculative_config": spec.speculative,
+        "seed": spec.seed,
+        # vLLM counts accepted draft tokens only with its statistics on; they are on for every engine alike.
+        "disable_log_stats": False,
+    }
     if spec.gpu_memory_utilization is not None:
         arguments["gpu_memory_utilization"] = spec.gpu_memory_utilization
-    return LLM(
-        spec.model,
-        dtype=spec.dtype,
-        max_model_len=spec.max_model_len,
-        max_num_seqs=spec.max_num_seqs,
-        kv_cache_memory_bytes=spec.kv_cache_bytes,
-        # Repetitions of one prompt must cost the same each time.
-        enable_prefix_caching=False,
-        enforce_eager=spec.enforce_eager,
-        speculative_config=spec.speculative,
-        seed=spec.seed,
-        # vLLM counts accepted draft tokens only with its statistics on; they are on for every engine alike.
-        disable_log_stats=False,
-        **arguments,
-    )
+    return LLM(spec.model, **arguments | spec.arguments)
 
 
 def pin(cores: tuple[int, ...]) -> None:
@@ -220,6 +228,7 @@ class Child:
         self._answers = answers
         self._commands = commands
         self._inbox: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._observed: ObservedEngine | None = None
 
     def serve(self) -> None:
         """Load the engine, then answer commands until told to stop."""
@@ -230,6 +239,8 @@ class Child:
             while self._obey(llm, msgspec.json.decode(self._inbox.get(), type=Command)):
                 pass
             llm.llm_engine.engine_core.shutdown()
+            if self._observed is not None:
+                self._observed.close()
 
     def _start(self, spec: EngineSpec) -> Any:
         started_s = time.perf_counter()
@@ -239,7 +250,10 @@ class Child:
 
         pin(spec.cores)
         self._answer(Stage("loading and compiling"))
+        self._observed = ObservedEngine() if spec.observe else None
         llm = load(spec)
+        if self._observed is not None:
+            self._observed.attach(llm)
         self._answer(Ready(_facts(llm, time.perf_counter() - started_s)))
         return llm
 
@@ -249,7 +263,7 @@ class Child:
                 tokenizer = llm.get_tokenizer()
                 self._answer(Encoded([list(tokenizer.encode(text)) for text in texts]))
             case Run():
-                self._answer(run(llm, command))
+                self._answer(run(llm, command, self._observed))
             case Stop():
                 return False
         return True

@@ -50,7 +50,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
         visible_devices: `CUDA_VISIBLE_DEVICES` of the engine; None leaves it as it is.
         gpu_memory_utilization: vLLM's, for GPUs; None leaves vLLM's default.
         observe: note every forward of both models (`RunResult.target_forwards`, `draft_forwards`), and allow `Run.emulation`.
-        arguments: further arguments of `LLM`.
+        arguments: further arguments of `LLM`; they win over those made of this spec.
     """
 
     name: str
@@ -144,6 +144,7 @@ class RunResult(msgspec.Struct, tag=True, frozen=True):
         server_timings_us: running means of the draft server after this run; empty for other methods.
         target_forwards, draft_forwards: of an engine that is observed, by their start; the draft's are those of the draft
             server, or of vLLM's `draft_model`.
+        num_overruns: of these, how many lasted longer than 1.1 times their emulated duration; 0 without emulation.
         accepted_by_position, drafted_by_position: draft tokens accepted, and verified, at each place of the chunk.
         num_drafts, num_draft_tokens, num_accepted_tokens: vLLM's own counters of speculative decoding during this run.
     """
@@ -156,6 +157,7 @@ class RunResult(msgspec.Struct, tag=True, frozen=True):
     server_timings_us: dict[str, float] = {}
     target_forwards: list[Forward] = []
     draft_forwards: list[Forward] = []
+    num_overruns: int = 0
     accepted_by_position: list[int] = []
     drafted_by_position: list[int] = []
     num_drafts: int = 0

@@ -35,6 +35,8 @@ STOP_TIMEOUT_S = 5.0
 KILL_TIMEOUT_S = 0.2
 # Exit status of a server whose settings cannot work (EX_CONFIG of sysexits.h): another start would end the same way.
 EXIT_CONFIG = 78
+# What is run in a child process, with its arguments; an observed engine (`observed_engine`) starts another module in its place.
+server_module: tuple[str, ...] = ("vllm_specbranch.draft_main",)
 # A socket's path has to fit into 107 bytes.
 LONGEST_ROOT = 60
 _DIRECTORY_PREFIX = "specbranch-"
@@ -136,7 +138,7 @@ def available_cores() -> set[int]:
     return cores
 
 
-def _make_directory() -> Path:
+def make_private_directory() -> Path:
     """A new private directory, named after this process; those of processes that are gone are removed on the way."""
     root = Path(tempfile.gettempdir())
     if len(str(root)) > LONGEST_ROOT:
@@ -169,7 +171,7 @@ class ServerProcess:
         self._model = model
         self._on_cpu = on_cpu
         self._clock = clock
-        self._directory = _make_directory()
+        self._directory = make_private_directory()
         self._process: subprocess.Popen[bytes] | None = None
         self._started_s = 0.0
         self._back_off_s = FIRST_BACK_OFF_S
@@ -243,7 +245,7 @@ class ServerProcess:
         cores = self._cores()
         spec = ServerSpec(self.address, cores, self._model, self._config)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "vllm_specbranch.draft_main"],
+            [sys.executable, "-m", *server_module],
             stdin=subprocess.PIPE,
             env=child_environment(self._overrides(cores), _TARGET_ONLY_VARIABLES),
         )
