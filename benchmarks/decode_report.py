@@ -1,120 +1,284 @@
-"""What `bench_decode` writes: its rows, the table, the notes under it, and the JSON.
+"""What `bench_decode` writes: a table per condition, the notes under it, and the JSON.
 
-Owns arithmetic over repetitions and layout; starts nothing. Runs in the process of the benchmark.
+Owns layout and the shape of the result (schema version 2); arithmetic is in `decode_intervals` and `decode_times`. Starts nothing.
+Runs in the process of the benchmark.
 """
 
 import dataclasses
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import takewhile
 from typing import Any
 
-from vllm_specbranch.compare import Difference, as_json
-from vllm_specbranch.measure_messages import EngineSpec, RunResult
-from vllm_specbranch.report import breakdown, number, percent, percentile, summarize, table
+from benchmarks.decode_conditions import Condition, describe_emulation
+from benchmarks.decode_intervals import Ratio, ratio, spread
+from benchmarks.decode_rows import SEQUENTIAL, Row, rivals
+from benchmarks.decode_times import ModelTimes, model_times, overrun_share, step_parts
+from vllm_specbranch.compare import as_json
+from vllm_specbranch.measure_messages import Forward, RunResult
+from vllm_specbranch.report import Summary, number, percent, summarize, table
 
-SEQUENTIAL = "draft_model"
+# Below this a lower bound of the ratio to plain counts as "slower".
+NOT_SLOWER = 0.98
+# Of one request, for the picture of who waits for whom.
+NUM_TIMELINE_ROUNDS = 15
+# Of emulated forwards that took too long; beyond that the emulation is not to be believed.
+MOST_OVERRUNS = 0.05
 
 
 @dataclass(slots=True)
-class Row:
-    """One line of the table: an engine, where it runs, and what it did, one run per repetition.
+class Measured:
+    """All rows under one condition, the baseline first.
 
     Attributes:
-        is_wide: whether it has the cores of target and draft together.
-        facts: what vLLM made of the settings.
-        differences: from the first repetition of the baseline, in any repetition.
+        names: of the prompts.
+        token_ids: the prompts.
+        seed: of the bootstrap.
     """
 
-    spec: EngineSpec
-    runs_on: str
-    is_wide: bool = False
-    runs: list[RunResult] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    differences: list[Difference] = field(default_factory=list)
+    condition: Condition
+    names: Sequence[str]
+    token_ids: Sequence[Sequence[int]]
+    rows: list[Row] = field(default_factory=list)
+    seed: int = 0
 
-    @property
-    def name(self) -> str:
-        """Of the engine."""
-        return self.spec.name
+    def ratio(self, row: Row, to: Row) -> Ratio:
+        """The speed of a row relative to another one."""
+        return ratio(to.name, row.ratios(to), self.seed)
 
-    @property
-    def tokens_per_s(self) -> list[float]:
-        """One value per repetition."""
-        return [run.num_tokens / run.wall_s for run in self.runs]
+    def times(self) -> ModelTimes:
+        """Of the bare models."""
+        return model_times(self.rows, self.condition.batch_size)
 
-    @property
-    def sameness(self) -> str:
-        """`identical`, `ties`, or `DIFFERENT`."""
-        if not self.differences:
-            return "identical"
-        return "ties" if all(one.is_tie for one in self.differences) else "DIFFERENT"
-
-    def ratios(self, to: "Row") -> list[float]:
-        """Speed relative to another row, repetition by repetition."""
-        return [ours / theirs for ours, theirs in zip(self.tokens_per_s, to.tokens_per_s, strict=True)]
+    def not_slower(self) -> list[tuple[str, Ratio]]:
+        """Each row of ours, and how it stands to the baseline."""
+        return [(row.name, self.ratio(row, self.rows[0])) for row in self.rows if row.entry.is_ours]
 
 
-@dataclass(frozen=True, slots=True)
-class ModelTimes:
-    """Times of the bare models in this run.
-
-    Attributes:
-        target_round_ms: median time between two outputs of the baseline: a decode step of the target with vLLM around it.
-        draft_step_ms: the draft server's running mean of steps with one row per request, median over repetitions, from
-            `pearl` where that is run (it has no other rows); None if there was no such step.
-        c: their ratio.
-    """
-
-    target_round_ms: float
-    draft_step_ms: float | None
-    c: float | None
+# --- text ------------------------------------------------------------------------------------------------------------
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+def as_text(measured: Measured) -> str:
+    """The whole report of one condition."""
+    parts = [f"=== {measured.condition.label} ===", speed_table(measured), times_note(measured.times())]
+    parts += ["Where an engine step went (ms):\n" + parts_table(measured)]
+    if any(row.entry.is_ours for row in measured.rows):
+        parts += [rivals_text(measured), not_slower_text(measured)]
+    if measured.condition.emulation is not None:
+        parts.append(overruns_text(measured))
+    return "\n\n".join(parts)
 
 
-def model_times(rows: Sequence[Row], batch_size: int) -> ModelTimes:
-    """Measure what a round and a draft step cost; the baseline is the first row."""
-    times = [request.output_times_s for run in rows[0].runs for request in run.requests]
-    target_ms = 1e3 * percentile([later - earlier for one in times for earlier, later in pairwise(one)], 0.5)
-    servers = sorted((row for row in rows if row.runs[-1].server_timings_us), key=lambda row: row.name != "pearl")
-    steps_us = [run.server_timings_us.get(f"step_{batch_size}_rows") for row in servers[:1] for run in row.runs]
-    known_ms = [step / 1e3 for step in steps_us if step is not None]
-    if not known_ms:
-        return ModelTimes(target_ms, None, None)
-    draft_ms = statistics.median(known_ms)
-    return ModelTimes(target_ms, draft_ms, target_ms / draft_ms)
+def speed_table(measured: Measured) -> str:
+    """Medians over repetitions, how far they spread, and how sure the ratio is."""
+    headers = ["", "tokens/s", "(least..most)", "over plain", "[95% interval]", "whole run", "inter-token p50", "p99"]
+    headers += ["acceptance length", "hits", "rollback", "runs on", "token ids"]
+    lines = []
+    for row in measured.rows:
+        speed, over, summary = spread(row.tokens_per_s), measured.ratio(row, measured.rows[0]), summarize(row.runs)
+        whole = spread(row.whole_run_ratios(measured.rows[0]))
+        lines.append(
+            [
+                row.name,
+                number(speed.median, 1),
+                f"({speed.least:.1f}..{speed.most:.1f})",
+                number(over.median, 2, "x"),
+                _interval(over),
+                number(whole.median, 2, "x"),
+                number(summary.inter_token_ms[0], 2, " ms"),
+                number(summary.inter_token_ms[1], 2, " ms"),
+                number(summary.mean_acceptance_length),
+                percent(summary.hit_rate),
+                percent(summary.rollback_rate),
+                row.entry.runs_on,
+                row.sameness,
+            ]
+        )
+    return table(headers, lines)
 
 
-def row_as_json(row: Row, baseline: Row) -> dict[str, Any]:
-    """All that is known of a row, with one sample per repetition."""
+def parts_table(measured: Measured) -> str:
+    """Where the time of an engine step went, and what the draft server did meanwhile."""
+    headers = ["", "step", "target forward", "waiting for drafts", "proposer", "rest of vLLM", "draft model busy"]
+    headers += ["draft steps per round", "rows per step", "late replies"]
+    lines = []
+    for row in measured.rows:
+        one = step_parts(row)
+        steps_per_round, rows_per_step = server_work(row.runs)
+        lines.append(
+            [
+                row.name,
+                number(one.step_ms),
+                number(one.target_ms),
+                number(one.draft_wait_ms),
+                number(one.propose_ms),
+                number(one.rest_ms),
+                percent(one.draft_busy),
+                number(steps_per_round, 1),
+                number(rows_per_step, 1),
+                _late_replies(row.runs) if row.entry.is_ours else "-",
+            ]
+        )
+    return table(headers, lines)
+
+
+def times_note(times: ModelTimes) -> str:
+    """The times of the bare models, in words."""
+    lines = [
+        f"A round of the target with vLLM around it takes {number(times.target_round_ms)} ms, its forward "
+        f"{number(times.target_forward_ms)} ms, a draft step {number(times.draft_step_ms)} ms: c = {number(times.c, 1)} "
+        f"(of forwards alone {number(times.c_of_forwards, 1)})."
+    ]
+    for what, found in (
+        ("Target forward by tokens", times.target_ms_by_tokens),
+        ("Draft step by rows", times.draft_ms_by_rows),
+    ):
+        if found:
+            lines.append(f"{what}: " + ", ".join(f"{tokens}: {number(ms)} ms" for tokens, ms in found.items()))
+    return "\n".join(lines)
+
+
+def rivals_text(measured: Measured) -> str:
+    """Each row of ours against the strongest rows of the others."""
+    others = rivals(measured.rows)
+    headers = ["Speed relative to", *(_rival_name(one) for one in others)]
+    lines = []
+    for row in measured.rows:
+        if row.entry.is_ours:
+            found = [measured.ratio(row, one) for one in others]
+            lines.append([row.name, *(f"{one.median:.2f}x {_interval(one)}" for one in found)])
+    return table(headers, lines)
+
+
+def not_slower_text(measured: Measured) -> str:
+    """Whether speculation costs anything where it does not pay."""
+    words = [
+        f"{name} {'yes' if one.low >= NOT_SLOWER else 'NO'} ({one.low:.2f})" for name, one in measured.not_slower()
+    ]
+    return f"Not slower than plain (lower bound at least {NOT_SLOWER}): " + ", ".join(words)
+
+
+def overruns_text(measured: Measured) -> str:
+    """Whether the cores kept up with the emulated durations."""
+    shares = {row.name: overrun_share(row) for row in measured.rows}
+    worst = max(shares, key=lambda name: shares[name])
+    text = f"Emulated forwards that took more than 1.1 times as long as they should: at most {shares[worst]:.1%} ({worst})."
+    if shares[worst] > MOST_OVERRUNS:
+        text += " That is too many: these cores are too slow for these durations."
+    return text
+
+
+def _rival_name(row: Row) -> str:
+    return row.name + (" (its best)" if row.entry.group == SEQUENTIAL else "")
+
+
+def _interval(found: Ratio) -> str:
+    return f"[{found.low:.2f}..{found.high:.2f}]"
+
+
+def _late_replies(runs: Sequence[RunResult]) -> str:
+    late, batches = (
+        sum(run.engine_counters.get(name, 0) for run in runs) for name in ("num_reply_timeouts", "num_commit_batches")
+    )
+    return f"{late:.0f} of {batches:.0f}"
+
+
+def server_work(runs: Sequence[RunResult]) -> tuple[float | None, float | None]:
+    """Return (draft steps per round, rows per step) of the draft server; None for other methods."""
+    rounds, steps, rows = (
+        sum(run.server_counters.get(name, 0) for run in runs) for name in ("num_rounds", "num_steps", "num_rows")
+    )
+    return (steps / rounds if rounds else None), (rows / steps if steps else None)
+
+
+# --- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def measured_as_json(measured: Measured) -> dict[str, Any]:
+    """All that is known under one condition."""
+    condition = measured.condition
+    return {
+        "label": condition.label,
+        "prompt_set": condition.prompt_set,
+        "batch_size": condition.batch_size,
+        "emulation": None if condition.emulation is None else _plain(condition.emulation),
+        "times_are": describe_emulation(condition.emulation),
+        "prompts": list(measured.names),
+        "prompt_tokens": [len(one) for one in measured.token_ids],
+        "baseline": measured.rows[0].name,
+        "model_times": dataclasses.asdict(measured.times()),
+        "rows": [_row_as_json(measured, row) for row in measured.rows],
+    }
+
+
+def _row_as_json(measured: Measured, row: Row) -> dict[str, Any]:
+    entry, baseline = row.entry, measured.rows[0]
     return {
         "name": row.name,
-        "speculative_config": row.spec.speculative,
-        "runs_on": row.runs_on,
-        "facts": row.facts,
-        "tokens_per_s": spread(row.tokens_per_s),
-        "ratio_to_baseline": spread(row.ratios(baseline)),
-        "over_all_repetitions": dataclasses.asdict(summarize(row.runs)),
+        "group": entry.group,
+        "is_ours": entry.is_ours,
+        "speculative_config": entry.spec.speculative,
+        "runs_on": entry.runs_on,
+        "num_devices": entry.num_devices,
+        "is_wide": entry.is_wide,
+        "facts": entry.facts,
+        "tokens_per_s": dataclasses.asdict(spread(row.tokens_per_s)),
+        "ratio_to_baseline": dataclasses.asdict(measured.ratio(row, baseline)),
+        "whole_run_tokens_per_s": dataclasses.asdict(spread(row.whole_run_tokens_per_s)),
+        "whole_run_ratio_to_baseline": dataclasses.asdict(
+            ratio(baseline.name, row.whole_run_ratios(baseline), measured.seed)
+        ),
+        "ratios_to_rivals": [dataclasses.asdict(measured.ratio(row, one)) for one in rivals(measured.rows)],
+        "over_all_repetitions": _summary(row.runs),
+        "step_parts": dataclasses.asdict(step_parts(row)),
+        "overrun_share": overrun_share(row),
+        "accepted_by_position": _sums([run.accepted_by_position for run in row.runs]),
+        "drafted_by_position": _sums([run.drafted_by_position for run in row.runs]),
         "identical": not row.differences,
         "differences": as_json(row.differences),
-        "samples": [_sample(run) for run in row.runs],
+        "timeline": timeline(row.runs[0]),
+        "samples": [
+            {"steady_tokens_per_s": speed, **_sample(run)}
+            for speed, run in zip(row.tokens_per_s, row.runs, strict=True)
+        ],
+    }
+
+
+def timeline(run: RunResult) -> dict[str, Any]:
+    """The first rounds of the first request, in seconds since its first output.
+
+    Returns:
+        `outputs` as [time, tokens], `target_forwards` and `draft_forwards` as [start, end, query tokens].
+    """
+    request = run.requests[0]
+    times = request.output_times_s[: NUM_TIMELINE_ROUNDS + 1]
+    start_s, end_s = times[0], times[-1]
+
+    def within(forwards: Sequence[Forward]) -> list[list[float]]:
+        begun = takewhile(lambda one: one.start_s < end_s, forwards)
+        return [
+            [round(one.start_s - start_s, 6), round(one.end_s - start_s, 6), one.num_tokens]
+            for one in begun
+            if one.end_s > start_s
+        ]
+
+    return {
+        "outputs": [[round(one - start_s, 6), size] for one, size in zip(times, request.output_sizes, strict=False)],
+        "target_forwards": within(run.target_forwards),
+        "draft_forwards": within(run.draft_forwards),
     }
 
 
 def _sample(run: RunResult) -> dict[str, Any]:
     return {
-        **dataclasses.asdict(summarize([run])),
+        **_summary([run]),
         "first_token_s": [request.output_times_s[0] - request.start_s for request in run.requests],
         "request_s": [request.output_times_s[-1] - request.start_s for request in run.requests],
         "num_outputs": [len(request.output_times_s) for request in run.requests],
         "engine_counters": run.engine_counters,
         "server_counters": run.server_counters,
         "server_timings_us": run.server_timings_us,
+        "num_overruns": run.num_overruns,
         "vllm_counters": {
             "num_drafts": run.num_drafts,
             "num_draft_tokens": run.num_draft_tokens,
@@ -123,55 +287,15 @@ def _sample(run: RunResult) -> dict[str, Any]:
     }
 
 
-def rows_as_table(rows: Sequence[Row]) -> str:
-    """The table for people; medians over repetitions, and how far they spread."""
-    headers = ["", "tokens/s", "(least..most)", "ratio", "(least..most)", "inter-token p50", "p99"]
-    headers += ["acceptance length", "hits", "rollback", "runs on", "token ids"]
-    lines = []
-    for row in rows:
-        speed, ratio, summary = spread(row.tokens_per_s), spread(row.ratios(rows[0])), summarize(row.runs)
-        lines.append(
-            [
-                row.name,
-                number(speed["median"], 1),
-                f"({speed['least']:.1f}..{speed['most']:.1f})",
-                number(ratio["median"], 2, "x"),
-                f"({ratio['least']:.2f}..{ratio['most']:.2f})",
-                number(summary.inter_token_ms[0], 2, " ms"),
-                number(summary.inter_token_ms[1], 2, " ms"),
-                number(summary.mean_acceptance_length),
-                percent(summary.hit_rate),
-                percent(summary.rollback_rate),
-                row.runs_on,
-                row.sameness,
-            ]
-        )
-    return table(headers, lines)
+def _summary(runs: Sequence[RunResult]) -> dict[str, Any]:
+    found: Summary = summarize(runs)
+    return dataclasses.asdict(found)
 
 
-def notes(rows: Sequence[Row], times: ModelTimes) -> str:
-    """Bare model times, where the time of our rows went, and the comparisons that count."""
-    lines = [
-        f"A target round takes {number(times.target_round_ms)} ms, a draft step {number(times.draft_step_ms)} ms: "
-        f"c = {number(times.c, 1)} (medians of this run)."
-    ]
-    lines += [breakdown(row.name, row.runs) for row in rows if row.runs[0].server_counters]
-    ours = next((row for row in rows if row.name == "specbranch"), None)
-    for rival in rivals(rows) if ours is not None else []:
-        assert ours is not None
-        ratio = spread(ours.ratios(rival))
-        best = ", its best number of draft tokens" if rival.name.startswith(SEQUENTIAL) else ""
-        lines.append(
-            f"specbranch / {rival.name} ({rival.runs_on}{best}): "
-            f"{ratio['median']:.2f} ({ratio['least']:.2f}..{ratio['most']:.2f})"
-        )
-    return "\n".join(lines)
+def _sums(rows: Sequence[Sequence[int]]) -> list[int]:
+    length = max(map(len, rows), default=0)
+    return [sum(row[place] for row in rows if place < len(row)) for place in range(length)]
 
 
-def rivals(rows: Sequence[Row]) -> list[Row]:
-    """What specbranch is held against: pearl, and draft_model at its best on the target's cores and on all cores."""
-    found = [row for row in rows if row.name == "pearl"]
-    for is_wide in (False, True):
-        group = [row for row in rows if row.name.startswith(SEQUENTIAL) and row.is_wide == is_wide]
-        found += sorted(group, key=lambda row: -statistics.median(row.tokens_per_s))[:1]
-    return found
+def _plain(emulation: Any) -> dict[str, float]:
+    return {name: getattr(emulation, name) for name in emulation.__struct_fields__}

@@ -1,136 +1,164 @@
-"""The decode benchmark: its rows, what it makes of repetitions, and its words. No engine is started."""
+"""The decode benchmark: its words, its rows, its order of runs. No engine is started."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import bench_decode
-from benchmarks.decode_report import ModelTimes, Row, model_times, notes, rivals, row_as_json, rows_as_table, spread
+from benchmarks import bench_decode, decode_rows
+from benchmarks.decode_conditions import Condition
+from benchmarks.decode_options import parse_words
+from benchmarks.decode_report import Measured
+from benchmarks.decode_rows import ABLATIONS, DEFAULT_GROUPS, GROUPS, Entry, Row, entries
+from tests.decode_results import made_run
 from vllm_specbranch.compare import Difference
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.lineup import Lineup, place
-from vllm_specbranch.measure_messages import EngineSpec, RequestTrace, RunResult
+from vllm_specbranch.measure_messages import Emulation, EngineSpec, RunResult
+from vllm_specbranch.shipped_pair import draft_path, target_path
 
-
-def run(wall_s: float, step_us: float | None = None) -> RunResult:
-    """A run of four tokens, one in each output."""
-    times = [wall_s * (index + 1) / 4 for index in range(4)]
-    request = RequestTrace(0.0, times, [1] * 4, [1, 2, 3, 4], "")
-    if step_us is None:
-        return RunResult(wall_s, 4, [request])
-    counters = {"wait_s": 0.0, "propose_s": 0.0, "num_commit_batches": 4.0}
-    return RunResult(wall_s, 4, [request], counters, {"num_rounds": 4.0}, {"step_1_rows": step_us})
-
-
-def row(name: str, walls: list[float], step_us: float | None = None, is_wide: bool = False) -> Row:
-    return Row(EngineSpec(name, "m"), "core 0", is_wide, [run(wall, step_us) for wall in walls])
-
-
-def rows() -> list[Row]:
-    return [
-        row("plain", [4.0, 4.0, 2.0]),
-        row("draft_model 2", [2.0, 2.0, 2.0]),
-        row("draft_model 4", [4.0, 4.0, 1.0]),
-        row("draft_model 2 on 2 cores", [1.0, 1.0, 1.0], is_wide=True),
-        row("pearl", [2.0, 1.0, 1.0], 100_000.0),
-        row("specbranch", [1.0, 1.0, 0.5], 300_000.0),
-    ]
+TWO_CORES = Lineup("t", "d", place([0, 1], 0))
+NO_SETTINGS: dict[str, dict[str, Any]] = {}
 
 
 def words(*given: str) -> Any:
-    return bench_decode._parser().parse_args(["--out", "out.json", *given])
+    return parse_words(["--out", "out.json", *given])
 
 
-def test_ratios_are_taken_repetition_by_repetition() -> None:
-    plain, *_, ours = rows()
-    assert ours.ratios(plain) == [4.0, 4.0, 4.0]
-    assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "least": 1.0, "most": 3.0}
-
-
-def test_model_times_come_from_the_baseline_and_from_pearl() -> None:
-    assert model_times(rows(), 1) == ModelTimes(1000.0, 100.0, 10.0)
-    assert model_times(rows(), 4) == ModelTimes(1000.0, None, None)
-    assert model_times(rows()[:2], 1) == ModelTimes(1000.0, None, None)
-
-
-def test_specbranch_is_held_against_the_best_of_each_kind() -> None:
-    assert [one.name for one in rivals(rows())] == ["pearl", "draft_model 2", "draft_model 2 on 2 cores"]
-    text = notes(rows(), model_times(rows(), 1))
-    assert "c = 10.0" in text
-    assert "specbranch / pearl (core 0): 2.00 (1.00..2.00)" in text
-    assert "specbranch / draft_model 2 (core 0, its best number of draft tokens): 2.00 (2.00..4.00)" in text
-    assert "specbranch / " not in notes(rows()[:-1], model_times(rows(), 1))
-
-
-def test_table_and_json_say_whether_ids_are_the_same() -> None:
-    all_rows = rows()
-    all_rows[1].differences = [Difference("draft_model 2", 0, 1, 2, 3, 1e-7)]
-    all_rows[2].differences = [Difference("draft_model 4", 0, 1, 2, 3, 0.5)]
-    lines = rows_as_table(all_rows).splitlines()
-    assert [line.split()[-1] for line in lines[2:6]] == ["identical", "ties", "DIFFERENT", "identical"]
-    written = json.loads(json.dumps(row_as_json(all_rows[2], all_rows[0])))
-    assert not written["identical"] and written["differences"][0]["gap"] == 0.5
-    assert len(written["samples"]) == 3 and written["samples"][0]["request_s"] == [4.0]
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def test_every_engine_has_its_row() -> None:
-    args = words("--gammas", "2,4", "--settings", '{"specbranch": {"stop_threshold": 0.1}}')
-    made = bench_decode._rows(args, Lineup("t", "d", place([0, 1], 0)))
+    groups = ["plain", "async_off", "draft_model", "ngram", "pearl", "specbranch", "wide"]
+    made = entries(TWO_CORES, groups, [2, 4], 8, {"specbranch": {"stop_threshold": 0.2}})
     assert [one.name for one in made] == [
         "plain",
+        "plain, async off",
         "draft_model 2",
         "draft_model 4",
+        "ngram",
         "plain on 2 cores",
         "draft_model 2 on 2 cores",
         "draft_model 4 on 2 cores",
         "pearl",
         "specbranch",
     ]
-    assert [one.spec.cores for one in made[2:5]] == [(0,), (0, 1), (0, 1)]
-    assert [one.runs_on for one in made[4:7]] == ["cores 0,1", "cores 0,1", "core 0 + core 1"]
-    settings = [one.spec.speculative for one in made[6:]]
-    assert settings[0] is not None and settings[1] is not None
-    assert settings[0]["policy"] == "pearl" and "stop_threshold" not in settings[0]
-    assert settings[1]["stop_threshold"] == 0.1
+    by_name = {one.name: one for one in made}
+    assert by_name["plain, async off"].spec.arguments["async_scheduling"] is False
+    assert by_name["draft_model 4"].spec.cores == (0,) and by_name["draft_model 4"].num_devices == 1
+    assert by_name["plain on 2 cores"].spec.cores == (0, 1) and by_name["plain on 2 cores"].num_devices == 2
+    assert by_name["pearl"].runs_on == "core 0 + core 1" and by_name["pearl"].num_devices == 2
+    assert [one.name for one in made if one.is_ours] == ["pearl", "specbranch"]
+    pearl, ours = (by_name[name].spec.speculative for name in ("pearl", "specbranch"))
+    assert pearl is not None and ours is not None
+    assert pearl["policy"] == "pearl" and "stop_threshold" not in pearl
+    assert ours["stop_threshold"] == 0.2
+
+
+def test_ablations_take_one_thing_away_and_keep_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_rows.SpecBranchConfig, "from_user", lambda settings: None)
+    plain, *made = entries(TWO_CORES, ["ablations"], [2], 8, {"specbranch": {"stop_threshold": 0.2, "max_branches": 4}})
+    assert plain.name == "plain"
+    assert [one.name for one in made] == [f"specbranch, {what}" for what in ABLATIONS]
+    settings = [one.spec.speculative or {} for one in made]
+    assert all(one["policy"] == "specbranch" and one["stop_threshold"] == 0.2 for one in settings)
+    assert [one["max_branches"] for one in settings] == [1, 4, 4]
+    assert settings[1]["stop_rule"] == "none" and settings[2]["branch_rule"] == "fixed"
+
+
+def test_the_default_rows_are_such_as_the_method_takes() -> None:
+    made = entries(TWO_CORES, words().rows, words().gammas, 8, NO_SETTINGS)
+    assert {one.group for one in made} | {"wide"} == set(DEFAULT_GROUPS)
+
+
+def test_all_rows_are_such_as_the_method_takes() -> None:
+    made = entries(TWO_CORES, words("--rows", "all").rows, [2], 8, NO_SETTINGS)
+    assert {one.group for one in made} | {"wide"} == set(GROUPS)
+    assert len({one.name for one in made}) == len(made)
 
 
 def test_one_core_makes_no_wide_rows() -> None:
-    made = bench_decode._rows(words("--gammas", "2"), Lineup("t", "d", place([0], 0)))
-    assert [one.name for one in made] == ["plain", "draft_model 2", "pearl", "specbranch"]
-    assert made[-1].runs_on == "core 0, shared"
+    made = entries(Lineup("t", "d", place([0], 0)), ["draft_model", "pearl", "wide"], [2], 8, NO_SETTINGS)
+    assert [one.name for one in made] == ["plain", "draft_model 2", "pearl"]
+    assert made[-1].runs_on == "core 0, shared" and made[-1].num_devices == 1
 
 
-def test_differences_are_found_once_over_all_repetitions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_decode, "transformers_gaps", lambda model: lambda prefixes: [0.5] * len(prefixes))
-    plain, other = row("plain", [1.0, 1.0]), row("other", [1.0, 1.0])
-    for one in other.runs:
-        one.requests[0].token_ids[2] = 9
-    bench_decode._compare([plain, other], [[7]], "m")
-    assert plain.differences == []
-    assert other.differences == [Difference("other", 0, 2, 3, 9, 0.5)]
+def test_two_gpus_are_two_devices() -> None:
+    made = entries(Lineup("t", "d", place([0, 1], 2)), ["draft_model", "pearl", "wide"], [2], 8, NO_SETTINGS)
+    assert [(one.name, one.num_devices) for one in made] == [("plain", 1), ("draft_model 2", 1), ("pearl", 2)]
+
+
+def test_settings_that_the_method_refuses_are_refused_before_any_engine_starts() -> None:
+    with pytest.raises(ConfigError, match="stop_threshold=7"):
+        entries(TWO_CORES, ["specbranch"], [2], 8, {"specbranch": {"stop_threshold": 7}})
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def test_words_become_values() -> None:
+    args = words(
+        *("--rows", "wide,pearl", "--batch-sizes", "1,4,16,64", "--prompts", "humaneval,gsm8k"),
+        *("--emulate", "none", "--emulate", "20:4:0.1", "--gammas", "8,2", "--draft-noise", "0.35"),
+    )
+    assert args.rows == ["pearl", "wide"]
+    assert args.batch_sizes == [1, 4, 16, 64] and args.gammas == [8, 2]
+    assert args.prompts == ["humaneval", "gsm8k"] and args.draft_noise == 0.35
+    assert args.emulate == [None, Emulation(20.0, 4.0, draft_token_cost=0.1)]
+    assert words("--rows", "all").rows == list(GROUPS)
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["--out", "/none/out.json"], "--out"),
-        (["--prompts", "/none.txt"], "--prompts"),
-        (["--target", "/none"], "--target"),
+        (["--out", "/none/out.json"], ["--out", "/none/out.json", "folder that exists"]),
+        (["--prompts", "/none.txt"], ["--prompts", "/none.txt", "can be read"]),
+        (["--prompts", "humanevil"], ["--prompts", "humanevil", "humaneval"]),
+        (["--target", "/none"], ["--target", "/none", "config.json"]),
+        (["--rows", "pearl,turbo"], ["--rows", "turbo", "best_first"]),
+        (["--rows", ""], ["--rows", "best_first"]),
+        (["--batch-sizes", "1,0"], ["--batch-sizes", "0", "at least 1"]),
+        (["--batch-sizes", "1;4"], ["--batch-sizes", "1;4", "at least 1"]),
+        (["--gammas", "two"], ["--gammas", "two", "at least 1"]),
+        (["--repetitions", "0"], ["--repetitions", "0", "at least 1"]),
+        (["--emulate", "20"], ["--emulate", "20", "TARGET_MS:DRAFT_MS"]),
+        (["--draft-noise", "-1"], ["--draft-noise", "-1", "at least 0"]),
+        (["--draft-noise", "much"], ["--draft-noise", "much", "at least 0"]),
+        (["--target-cores", "77"], ["--target-cores", "77", "cores of"]),
+        (["--target-cores", "a"], ["--target-cores", "'a'", "0-2,5"]),
+        (["--settings", "{"], ["--settings", "{", "JSON by policy"]),
+        (["--settings", '{"stop_threshold": 0.1}'], ["--settings", "JSON by policy"]),
+        (["--settings", '{"turbo": {}}'], ["--settings", "turbo", "specbranch"]),
+        (["--settings", '{"specbranch": {"stop_threshold": 2}}'], ["stop_threshold", "2", "0..1"]),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
-    given: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    given: list[str], said: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench_decode.main(["--out", str(tmp_path / "out.json"), *given]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert said in line
+    assert all(one in line for one in said)
 
 
-def test_settings_must_be_by_policy() -> None:
-    with pytest.raises(SystemExit):
-        words("--settings", '{"stop_threshold": 0.1}')
+@pytest.mark.parametrize("given", [[], ["--out", "o.json", "--turbo"], ["--out"]])
+def test_unknown_and_missing_words_are_one_line_too(given: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        bench_decode.main(given)
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--help" in line
+
+
+def test_emulation_is_refused_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_decode, "gpus", lambda: ["a GPU"])
+    with pytest.raises(ConfigError, match="--emulate"):
+        bench_decode.make_lineup(words("--emulate", "20:4"))
+    assert not bench_decode.make_lineup(words("--target-layers", "0", "--target-mlp", "0")).observe
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
 
 
 def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -138,7 +166,108 @@ def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path:
         available = 1 << 30
 
     monkeypatch.setattr(bench_decode.psutil, "virtual_memory", Memory)
-    few = [Row(EngineSpec("a", str(tmp_path), kv_cache_bytes=1 << 20), "core 0")]
+    few = [Entry(EngineSpec("a", str(tmp_path), kv_cache_bytes=1 << 20), "plain", "core 0", 1)]
     bench_decode._check_memory(few)
     with pytest.raises(ConfigError, match="fewer engines: 3 GiB needed, 1 GiB free"):
         bench_decode._check_memory(few * 4)
+
+
+def test_kv_cache_grows_with_the_batch_and_holds_both_models() -> None:
+    target, both = [target_path()], [target_path(), draft_path()]
+    assert bench_decode.kv_cache_bytes(target, 1) == bench_decode.LEAST_KV_CACHE_BYTES
+    # 6 layers of 4 KV heads of 32 in the target, 2 layers of 2 heads of 32 in the draft, keys and values in 32 bits
+    per_token = 8 * (6 * 4 * 32 + 2 * 2 * 32)
+    assert bench_decode.kv_cache_bytes(both, 100_000) == per_token * 125_000
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """Notes what it is asked for, in a list shared with others."""
+
+    def __init__(self, name: str, log: list[tuple[Any, ...]]) -> None:
+        self.spec = EngineSpec(name, "m")
+        self.facts = {"load_s": 1.0}
+        self.log = log
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[1000 + index, *range(49 + 10 * index)] for index, _ in enumerate(texts)]
+
+    def run(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, batch_size: int, emulation: Emulation | None = None
+    ) -> RunResult:
+        self.log.append((self.spec.name, len(prompts), max_tokens, batch_size, emulation))
+        return made_run(1.0, batch_size)
+
+
+def prepared(*given: str) -> tuple[list[Measured], list[tuple[Any, ...]]]:
+    """Run everything with fake engines; returns (what was measured, what was asked for)."""
+    args = words("--num-prompts", "3", "--repetitions", "2", "--max-tokens", "64", *given)
+    log: list[tuple[Any, ...]] = []
+    engines: Any = [FakeEngine(name, log) for name in ("plain", "pearl")]
+    chosen = [Entry(engine.spec, engine.spec.name, "core 0", 1) for engine in engines]
+    sets = bench_decode.read_prompt_sets(args.prompts, max(args.num_prompts, *args.batch_sizes))
+    wanted = bench_decode.conditions(sets, args.batch_sizes, args.emulate or [None])
+    measured = bench_decode.prepare(args, sets, wanted, engines[0])
+    bench_decode.run_all(args, measured, chosen, engines, lambda text: None)
+    return measured, log
+
+
+def test_one_condition_is_warmed_up_once_and_then_repeated() -> None:
+    measured, log = prepared()
+    assert [one[2] for one in log] == [bench_decode.WARM_UP_TOKENS] * 2 + [64] * 4
+    assert {one[:2] for one in log[2:4]} == {("plain", 3), ("pearl", 3)} == {one[:2] for one in log[4:]}
+    (one,) = measured
+    assert [len(row.runs) for row in one.rows] == [2, 2] and one.rows[0].entry.facts == {"load_s": 1.0}
+
+
+def test_batches_get_enough_prompts_and_every_condition_its_own_runs() -> None:
+    measured, log = prepared("--batch-sizes", "1,8", "--emulate", "none", "--emulate", "20:4")
+    assert [(one.condition.batch_size, len(one.token_ids), len(one.names)) for one in measured] == [
+        (1, 3, 3),
+        (8, 8, 8),
+        (1, 3, 3),
+        (8, 8, 8),
+    ]
+    runs = [one for one in log if one[2] == 64]
+    assert len(runs) == 2 * 4 * 2 == len([one for one in log if one[2] == bench_decode.SETTLING_TOKENS])
+    # Before each measured run the same engine settles under the same condition.
+    for before, run in zip(log[8::2], log[9::2], strict=True):
+        assert (before[0], before[3:]) == (run[0], run[3:]) and before[2] < run[2]
+    # Rows that are compared follow each other.
+    assert all({left[0], right[0]} == {"plain", "pearl"} for left, right in zip(runs[::2], runs[1::2], strict=True))
+    assert all(left[3:] == right[3:] for left, right in zip(runs[::2], runs[1::2], strict=True))
+
+
+def test_a_small_file_is_used_again_with_other_ends(tmp_path: Path) -> None:
+    path = tmp_path / "few.txt"
+    path.write_text("one\ntwo\n")
+    (small, large), _ = prepared("--prompts", str(path), "--batch-sizes", "1,5")
+    assert small.names == ["line 1", "line 2"]
+    assert large.names == ["line 1", "line 2", "line 1, again", "line 2, again", "line 1, again"]
+    assert len({tuple(one) for one in large.token_ids}) == 5
+
+
+def test_prompts_are_cut_or_refused() -> None:
+    (one,), _ = prepared("--prompt-tokens", "20")
+    assert {len(ids) for ids in one.token_ids} == {20}
+    with pytest.raises(ConfigError, match="--prompt-tokens=70 cannot be used; allowed: at most 16"):
+        prepared("--max-model-len", "80")
+
+
+def test_differences_are_found_once_over_all_repetitions() -> None:
+    rows = []
+    for name in ("plain", "other"):
+        rows.append(Row(Entry(EngineSpec(name, "m"), name, "core 0", 1), 1, [made_run(1.0), made_run(1.0)]))
+    for run in rows[1].runs:
+        run.requests[0].token_ids[2] = 9
+    one = Measured(Condition("demo", 1), ["a"], [[7]], rows)
+    bench_decode.compare(one, lambda prefixes: [0.5] * len(prefixes))
+    assert rows[0].differences == []
+    assert rows[1].differences == [Difference("other", 0, 2, 2, 9, 0.5)]
+
+
+def test_options_travel_in_the_result() -> None:
+    plain = {name: bench_decode._plain(value) for name, value in vars(words("--emulate", "20:4")).items()}
+    assert json.loads(json.dumps(plain))["batch_sizes"] == [1]

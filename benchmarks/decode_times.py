@@ -1,0 +1,147 @@
+"""Where the time of a decode benchmark went: times of the bare models, and the parts of an engine step.
+
+Owns arithmetic over observed forwards and counters. Runs in the process of the benchmark.
+"""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from benchmarks.decode_rows import PEARL, SEQUENTIAL, Row
+from vllm_specbranch.measure_messages import Forward, RunResult
+from vllm_specbranch.report import percentile
+
+# Of a forward with a given number of tokens; a median of fewer says little.
+LEAST_FORWARDS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTimes:
+    """Times of the bare models under one condition.
+
+    Attributes:
+        target_round_ms: median time between two outputs of the baseline: a decode step of the target with vLLM around it.
+        target_forward_ms: median forward of the baseline with one token per request; None if forwards were not observed.
+        draft_step_ms: median step of the draft server with one row per request, from `pearl` where that is run (it has no other
+            rows); of forwards, or where these were not observed the server's own running mean; None if there was no such step.
+        c: `target_round_ms / draft_step_ms`.
+        c_of_forwards: `target_forward_ms / draft_step_ms`.
+        target_ms_by_tokens: median forward of the target by its query tokens, over all rows with the target's cores.
+        draft_ms_by_rows: median step of the draft server by its rows, over all rows with one.
+    """
+
+    target_round_ms: float
+    target_forward_ms: float | None
+    draft_step_ms: float | None
+    c: float | None
+    c_of_forwards: float | None
+    target_ms_by_tokens: dict[int, float]
+    draft_ms_by_rows: dict[int, float]
+
+
+@dataclass(frozen=True, slots=True)
+class StepParts:
+    """Where the time of an engine step went, in ms; the parts add up to the whole. None for what is not known: it is in the rest.
+
+    Attributes:
+        target_ms: forwards of the target, prefills included.
+        draft_wait_ms: what the engine waits for drafts; for draft_model the draft's forwards themselves.
+        propose_ms: the proposer's own work.
+        rest_ms: scheduling, sampling, detokenisation, and whatever above is not known.
+        draft_busy: share of the whole time in which the draft model computed, for whichever outcome.
+    """
+
+    step_ms: float
+    target_ms: float | None
+    draft_wait_ms: float | None
+    propose_ms: float | None
+    rest_ms: float
+    draft_busy: float | None
+
+
+def model_times(rows: Sequence[Row], batch_size: int) -> ModelTimes:
+    """Measure what a round and a draft step cost; the baseline is the first row."""
+    baseline = rows[0]
+    times = [request.output_times_s for run in baseline.runs for request in run.requests]
+    round_ms = 1e3 * percentile((later - earlier for one in times for earlier, later in pairwise(one)), 0.5)
+    alone = [row for row in rows if not row.entry.is_wide]
+    target = _medians_ms(run.target_forwards for row in alone for run in row.runs)
+    draft = _medians_ms(run.draft_forwards for row in alone if row.entry.is_ours for run in row.runs)
+    forward_ms = _medians_ms(run.target_forwards for run in baseline.runs).get(batch_size)
+    step_ms = _draft_step_ms(rows, batch_size)
+    return ModelTimes(
+        target_round_ms=round_ms,
+        target_forward_ms=forward_ms,
+        draft_step_ms=step_ms,
+        c=round_ms / step_ms if step_ms else None,
+        c_of_forwards=forward_ms / step_ms if step_ms and forward_ms else None,
+        target_ms_by_tokens=target,
+        draft_ms_by_rows=draft,
+    )
+
+
+def step_parts(row: Row) -> StepParts:
+    """Divide the wall time of all repetitions."""
+    wall_s, num_steps = sum(run.wall_s for run in row.runs), sum(run.num_steps for run in row.runs)
+    per_step = 1e3 / num_steps if num_steps else math.nan
+    target_s = _total_s(run.target_forwards for run in row.runs)
+    draft_s = _total_s(run.draft_forwards for run in row.runs)
+    wait_s = draft_s if row.entry.group == SEQUENTIAL else _counter(row.runs, "wait_s")
+    propose_s = _counter(row.runs, "propose_s")
+    known_s = sum(one for one in (target_s, wait_s, propose_s) if one is not None)
+
+    def each_ms(seconds: float | None) -> float | None:
+        return None if seconds is None else per_step * seconds
+
+    return StepParts(
+        step_ms=per_step * wall_s,
+        target_ms=each_ms(target_s),
+        draft_wait_ms=each_ms(wait_s),
+        propose_ms=each_ms(propose_s),
+        rest_ms=per_step * (wall_s - known_s),
+        draft_busy=None if draft_s is None else draft_s / wall_s,
+    )
+
+
+def overrun_share(row: Row) -> float:
+    """Share of the emulated forwards that took longer than they should have, because the cores were too slow."""
+    forwards = sum(len(run.target_forwards) + len(run.draft_forwards) for run in row.runs)
+    return sum(run.num_overruns for run in row.runs) / forwards if forwards else 0.0
+
+
+def _draft_step_ms(rows: Sequence[Row], batch_size: int) -> float | None:
+    ours = sorted((row for row in rows if row.entry.is_ours), key=lambda row: row.name != PEARL)
+    for row in ours[:1]:
+        observed = _medians_ms(run.draft_forwards for run in row.runs).get(batch_size)
+        if observed is not None:
+            return observed
+        steps_us = [run.server_timings_us.get(f"step_{batch_size}_rows") for run in row.runs]
+        if known := [one for one in steps_us if one is not None]:
+            return statistics.median(known) / 1e3
+    return None
+
+
+def _medians_ms(runs: Iterable[Sequence[Forward]]) -> dict[int, float]:
+    """Median duration by number of tokens, where there are enough."""
+    durations: dict[int, list[float]] = defaultdict(list)
+    for forwards in runs:
+        for one in forwards:
+            durations[one.num_tokens].append(1e3 * (one.end_s - one.start_s))
+    return {
+        tokens: statistics.median(found) for tokens, found in sorted(durations.items()) if len(found) >= LEAST_FORWARDS
+    }
+
+
+def _total_s(runs: Iterable[Sequence[Forward]]) -> float | None:
+    """Seconds in forwards; None if there are none."""
+    durations = [one.end_s - one.start_s for forwards in runs for one in forwards]
+    return sum(durations) if durations else None
+
+
+def _counter(runs: Sequence[RunResult], name: str) -> float | None:
+    """The sum of a counter of our engine side; None for other methods."""
+    found = [run.engine_counters[name] for run in runs if name in run.engine_counters]
+    return sum(found) if found else None

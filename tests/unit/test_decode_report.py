@@ -1,0 +1,146 @@
+"""What the decode benchmark makes of its runs: speeds, parts of a step, tables and JSON. All runs are made up."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.decode_report import as_text, measured_as_json, timeline
+from benchmarks.decode_rows import rivals, steady_tokens_per_s
+from benchmarks.decode_times import model_times, overrun_share, step_parts
+from tests.decode_results import made_measured, made_row, made_run
+from vllm_specbranch.compare import Difference
+from vllm_specbranch.measure_messages import Emulation, Forward, RequestTrace, RunResult
+
+FAST = Emulation(20.0, 4.0)
+
+
+def request(times: list[float], sizes: list[int] | None = None) -> RequestTrace:
+    return RequestTrace(0.0, times, sizes or [1] * len(times), [0] * (sum(sizes) if sizes else len(times)), "")
+
+
+def test_ratios_are_taken_repetition_by_repetition() -> None:
+    plain, ours = made_row("plain", [4.0, 2.0]), made_row("specbranch", [1.0, 1.0])
+    assert ours.ratios(plain) == pytest.approx([4.0, 2.0])
+    assert ours.whole_run_ratios(plain) == pytest.approx([4.0, 2.0])
+
+
+def test_steady_speed_leaves_out_prefills_and_the_end() -> None:
+    one = RunResult(10.0, 4, [request([4.0, 5.0, 6.0, 7.0], [1, 2, 2, 2])])
+    assert steady_tokens_per_s(one, 1) == 2.0
+    # The second request is prefilled until 6.0, and the first one ends at 7.0.
+    two = RunResult(10.0, 6, [request([4.0, 6.0, 7.0]), request([6.0, 7.0, 9.0])])
+    assert steady_tokens_per_s(two, 2) == 2.0
+    assert steady_tokens_per_s(two, 1) == pytest.approx(3 / 4)
+    assert steady_tokens_per_s(two, 3) == pytest.approx(6 / 10)
+
+
+@given(st.integers(1, 8), st.integers(2, 12), st.integers(1, 4), st.floats(0.5, 5.0))
+def test_steady_speed_of_even_rounds(batch_size: int, num_rounds: int, tokens: int, wall_s: float) -> None:
+    run = made_run(wall_s, batch_size, num_rounds=num_rounds, tokens_per_round=tokens)
+    round_s = wall_s / (num_rounds + 1)
+    assert steady_tokens_per_s(run, batch_size) == pytest.approx(batch_size * tokens / round_s)
+
+
+def test_model_times_come_from_the_baseline_and_from_pearl() -> None:
+    measured = made_measured()
+    times = measured.times()
+    round_ms, step_ms = 4.1e3 / 61, 2.1e3 / 21 / 5
+    assert times.target_round_ms == pytest.approx(round_ms, rel=0.05)
+    assert times.target_forward_ms == pytest.approx(round_ms / 2, rel=0.05)
+    assert times.draft_step_ms == pytest.approx(step_ms)
+    assert times.c == pytest.approx(round_ms / step_ms, rel=0.05)
+    assert set(times.target_ms_by_tokens) == {1} == set(times.draft_ms_by_rows)
+    without = model_times(measured.rows[:2], 1)
+    assert without.draft_step_ms is None and without.c is None and without.draft_ms_by_rows == {}
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_parts_of_a_step_add_up(batch_size: int) -> None:
+    for row in made_measured(batch_size).rows:
+        one = step_parts(row)
+        parts = [part or 0.0 for part in (one.target_ms, one.draft_wait_ms, one.propose_ms)]
+        assert sum(parts) + one.rest_ms == pytest.approx(one.step_ms)
+        assert (one.propose_ms is not None) == row.entry.is_ours
+
+
+def test_draft_model_waits_for_its_own_draft() -> None:
+    plain, sequential, *_, ours = made_measured().rows
+    assert step_parts(plain).draft_wait_ms is None and step_parts(plain).draft_busy is None
+    assert step_parts(sequential).draft_busy == pytest.approx(0.5)
+    waited = step_parts(sequential).draft_wait_ms
+    assert waited is not None and waited == pytest.approx(step_parts(sequential).step_ms / 2)
+    assert step_parts(ours).draft_wait_ms == pytest.approx(step_parts(ours).step_ms / 10)
+
+
+def test_overruns_are_a_share_of_all_forwards() -> None:
+    run = RunResult(
+        1.0, 1, [], target_forwards=[Forward(0, 1, 1)] * 3, draft_forwards=[Forward(0, 1, 1)], num_overruns=1
+    )
+    row = made_row("pearl", [])
+    row.runs.append(run)
+    assert overrun_share(row) == 0.25
+    assert overrun_share(made_row("plain", [])) == 0.0
+
+
+def test_rivals_are_the_best_of_each_kind() -> None:
+    assert [one.name for one in rivals(made_measured().rows)] == ["draft_model 2", "draft_model 2 on 2 cores", "pearl"]
+    assert rivals(made_measured().rows[:1]) == []
+
+
+def test_text_says_what_counts() -> None:
+    measured = made_measured(emulation=FAST)
+    measured.rows[1].differences = [Difference("draft_model 2", 0, 1, 2, 3, 1e-7)]
+    measured.rows[2].differences = [Difference("draft_model 4", 0, 1, 2, 3, 0.5)]
+    text = as_text(measured)
+    assert text.startswith("=== python_holdout, batch 1, emulated: target 20 ms, draft step 4 ms")
+    lines = {line.split("  ")[0]: line for line in reversed(text.splitlines()) if "  " in line}
+    assert lines["plain"].endswith("identical")
+    assert lines["draft_model 2"].endswith("ties") and lines["draft_model 4"].endswith("DIFFERENT")
+    assert "Speed relative to" in text and "draft_model 2 (its best)  draft_model 2 on 2 cores (its best)" in text
+    assert "Not slower than plain (lower bound at least 0.98): pearl yes" in text
+    assert "Emulated forwards that took more than 1.1 times as long" in text
+    assert "Emulated" not in as_text(made_measured()) and "real devices" in as_text(made_measured())
+
+
+def test_a_slow_row_is_called_slower() -> None:
+    measured = made_measured()
+    measured.rows = [made_row("plain", [1.0, 1.0, 1.0]), made_row("pearl", [1.2, 0.9, 1.1])]
+    assert "pearl NO (0.83)" in as_text(measured)
+
+
+def test_cores_too_slow_for_an_emulation_are_said() -> None:
+    measured = made_measured(emulation=FAST)
+    measured.rows[0].runs.append(
+        RunResult(1.0, 1, measured.rows[0].runs[0].requests, target_forwards=[Forward(0, 1, 1)], num_overruns=1000)
+    )
+    measured.rows = measured.rows[:1]
+    assert "too slow for these durations" in as_text(measured)
+
+
+def test_json_has_all_rows_with_their_samples() -> None:
+    measured = made_measured(4, FAST)
+    measured.rows[2].differences = [Difference("draft_model 4", 0, 1, 2, 3, 0.5)]
+    written = json.loads(json.dumps(measured_as_json(measured)))
+    assert written["batch_size"] == 4 and written["emulation"]["target_forward_ms"] == 20.0
+    assert [one["name"] for one in written["rows"]] == [row.name for row in measured.rows]
+    row = written["rows"][2]
+    assert not row["identical"] and row["differences"][0]["gap"] == 0.5
+    ours = written["rows"][6]
+    assert ours["ratio_to_baseline"]["to"] == "plain" and ours["is_ours"] and ours["num_devices"] == 2
+    assert ours["ratio_to_baseline"]["low"] <= ours["ratio_to_baseline"]["median"] <= ours["ratio_to_baseline"]["high"]
+    assert [one["to"] for one in ours["ratios_to_rivals"]] == ["draft_model 2", "draft_model 2 on 2 cores", "pearl"]
+    assert ours["accepted_by_position"] == [30, 30] and ours["drafted_by_position"] == [30, 30, 15]
+    assert len(ours["samples"]) == 3 and len(ours["samples"][0]["request_s"]) == 4
+    assert written["rows"][0]["whole_run_ratio_to_baseline"]["median"] == 1.0
+
+
+def test_the_timeline_is_the_first_rounds_of_the_first_request() -> None:
+    found = timeline(made_run(2.1, 1, True, 20, 3, 5))
+    assert len(found["outputs"]) == 16 and found["outputs"][0] == [0.0, 1] and found["outputs"][1][1] == 3
+    end_s = found["outputs"][-1][0]
+    for forwards in (found["target_forwards"], found["draft_forwards"]):
+        assert forwards and all(start < end_s and end > 0 for start, end, _ in forwards)
+    assert math.isclose(end_s, 1.5)
