@@ -100,7 +100,7 @@ def speed_table(measured: Measured) -> str:
 def parts_table(measured: Measured) -> str:
     """Where the time of an engine step went, and what the draft server did meanwhile."""
     headers = ["", "step", "target forward", "waiting for drafts", "proposer", "rest of vLLM", "draft model busy"]
-    headers += ["draft steps per round", "rows per step", "late replies"]
+    headers += ["draft steps per round", "rows per step", "late replies", "server lost"]
     lines = []
     for row in measured.rows:
         one = step_parts(row)
@@ -117,6 +117,7 @@ def parts_table(measured: Measured) -> str:
                 number(steps_per_round, 1),
                 number(rows_per_step, 1),
                 _late_replies(row.runs) if row.entry.is_ours else "-",
+                _times_lost(row.runs) if row.entry.is_ours else "-",
             ]
         )
     return table(headers, lines)
@@ -160,7 +161,7 @@ def not_slower_text(measured: Measured) -> str:
 
 def overruns_text(measured: Measured) -> str:
     """Whether the cores kept up with the emulated durations."""
-    shares = {row.name: overrun_share(row) for row in measured.rows}
+    shares = {row.name: overrun_share(row, measured.condition.emulation) for row in measured.rows}
     worst = max(shares, key=lambda name: shares[name])
     text = f"Emulated forwards that took more than 1.1 times as long as they should: at most {shares[worst]:.1%} ({worst})."
     if shares[worst] > MOST_OVERRUNS:
@@ -181,6 +182,13 @@ def _late_replies(runs: Sequence[RunResult]) -> str:
         sum(run.engine_counters.get(name, 0) for run in runs) for name in ("num_reply_timeouts", "num_commit_batches")
     )
     return f"{late:.0f} of {batches:.0f}"
+
+
+def _times_lost(runs: Sequence[RunResult]) -> str:
+    """How often the engine went on without drafts because the draft server was silent, and runs at whose end it still was."""
+    openings = sum(run.engine_counters.get("num_breaker_openings", 0) for run in runs)
+    without = sum(not run.server_counters for run in runs)
+    return f"{openings:.0f}" + (f", {without} runs without" if without else "")
 
 
 def server_work(runs: Sequence[RunResult]) -> tuple[float | None, float | None]:
@@ -231,7 +239,7 @@ def _row_as_json(measured: Measured, row: Row) -> dict[str, Any]:
         "ratios_to_rivals": [dataclasses.asdict(measured.ratio(row, one)) for one in rivals(measured.rows)],
         "over_all_repetitions": _summary(row.runs),
         "step_parts": dataclasses.asdict(step_parts(row)),
-        "overrun_share": overrun_share(row),
+        "overrun_share": overrun_share(row, measured.condition.emulation),
         "accepted_by_position": _sums([run.accepted_by_position for run in row.runs]),
         "drafted_by_position": _sums([run.drafted_by_position for run in row.runs]),
         "identical": not row.differences,

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from benchmarks.decode_rows import PEARL, SEQUENTIAL, Row
-from vllm_specbranch.measure_messages import Forward, RunResult
+from vllm_specbranch.emulation import Pace
+from vllm_specbranch.measure_messages import Emulation, Forward, RunResult
 from vllm_specbranch.report import percentile
 
 # Of a forward with a given number of tokens; a median of fewer says little.
@@ -106,10 +107,19 @@ def step_parts(row: Row) -> StepParts:
     )
 
 
-def overrun_share(row: Row) -> float:
-    """Share of the emulated forwards that took longer than they should have, because the cores were too slow."""
-    forwards = sum(len(run.target_forwards) + len(run.draft_forwards) for run in row.runs)
-    return sum(run.num_overruns for run in row.runs) / forwards if forwards else 0.0
+def overrun_share(row: Row, emulation: Emulation | None) -> float:
+    """Share of the emulated forwards that took longer than they should have, because the cores were too slow.
+
+    Prefills are left out: they always do, and steady decoding has none.
+    """
+    if emulation is None:
+        return 0.0
+    most_tokens = row.batch_size * (1 + (row.entry.spec.speculative or {}).get("num_speculative_tokens", 0))
+    target = [one for run in row.runs for one in run.target_forwards if one.num_tokens <= most_tokens]
+    draft = [one for run in row.runs for one in run.draft_forwards]
+    late = Pace(emulation.target_forward_ms, emulation.target_token_cost).num_overruns(target)
+    late += Pace(emulation.draft_step_ms, emulation.draft_token_cost).num_overruns(draft)
+    return late / max(1, len(target) + len(draft))
 
 
 def _draft_step_ms(rows: Sequence[Row], batch_size: int) -> float | None:

@@ -75,14 +75,14 @@ def test_draft_model_waits_for_its_own_draft() -> None:
     assert step_parts(ours).draft_wait_ms == pytest.approx(step_parts(ours).step_ms / 10)
 
 
-def test_overruns_are_a_share_of_all_forwards() -> None:
-    run = RunResult(
-        1.0, 1, [], target_forwards=[Forward(0, 1, 1)] * 3, draft_forwards=[Forward(0, 1, 1)], num_overruns=1
-    )
+def test_overruns_are_a_share_of_all_forwards_but_prefills() -> None:
     row = made_row("pearl", [])
-    row.runs.append(run)
-    assert overrun_share(row) == 0.25
-    assert overrun_share(made_row("plain", [])) == 0.0
+    late, prefill, in_time = Forward(0, 0.023, 1), Forward(0, 9.0, 128), Forward(0, 0.021, 1)
+    row.runs.append(
+        RunResult(1.0, 1, [], target_forwards=[late, prefill, in_time], draft_forwards=[Forward(0, 0.004, 1)])
+    )
+    assert overrun_share(row, FAST) == pytest.approx(1 / 3)
+    assert overrun_share(row, None) == 0.0 == overrun_share(made_row("plain", []), FAST)
 
 
 def test_rivals_are_the_best_of_each_kind() -> None:
@@ -105,6 +105,17 @@ def test_text_says_what_counts() -> None:
     assert "Emulated" not in as_text(made_measured()) and "real devices" in as_text(made_measured())
 
 
+def test_a_draft_server_that_was_lost_is_said() -> None:
+    measured = made_measured()
+    assert "runs without" not in as_text(measured)
+    ours = measured.rows[-1]
+    silent = made_run(2.0, is_ours=True)
+    ours.runs[0] = RunResult(
+        silent.wall_s, silent.num_steps, silent.requests, {"num_breaker_openings": 1.0, "wait_s": 0.0}
+    )
+    assert as_text(measured).count("1, 1 runs without") == 1
+
+
 def test_a_slow_row_is_called_slower() -> None:
     measured = made_measured()
     measured.rows = [made_row("plain", [1.0, 1.0, 1.0]), made_row("pearl", [1.2, 0.9, 1.1])]
@@ -112,12 +123,8 @@ def test_a_slow_row_is_called_slower() -> None:
 
 
 def test_cores_too_slow_for_an_emulation_are_said() -> None:
-    measured = made_measured(emulation=FAST)
-    measured.rows[0].runs.append(
-        RunResult(1.0, 1, measured.rows[0].runs[0].requests, target_forwards=[Forward(0, 1, 1)], num_overruns=1000)
-    )
-    measured.rows = measured.rows[:1]
-    assert "too slow for these durations" in as_text(measured)
+    assert "too slow for these durations" in as_text(made_measured(emulation=FAST))
+    assert "too slow" not in as_text(made_measured(emulation=Emulation(100.0, 100.0)))
 
 
 def test_json_has_all_rows_with_their_samples() -> None:
