@@ -238,7 +238,7 @@ def _by_batch(conditions: Sequence[Condition]) -> list[list[Condition]]:
     """Conditions that differ in their batch size only, each group by size."""
     groups: dict[str, list[Condition]] = {}
     for condition in conditions:
-        groups.setdefault(condition_slug(condition, with_batch=False), []).append(condition)
+        groups.setdefault(json.dumps([condition["prompt_set"], condition["emulation"]]), []).append(condition)
     return [sorted(group, key=lambda one: one["batch_size"]) for group in groups.values()]
 
 
