@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.decode_conditions import Condition, describe_emulation
 from benchmarks.decode_intervals import Ratio, ratio, spread
 from benchmarks.decode_rows import SEQUENTIAL, Row, rivals
-from benchmarks.decode_times import ModelTimes, model_times, overrun_share, step_parts
+from benchmarks.decode_times import ModelTimes, medians_ms, model_times, overrun_share, step_parts
 from vllm_specbranch.compare import as_json
 from vllm_specbranch.measure_messages import Forward, RunResult
 from vllm_specbranch.report import Summary, number, percent, summarize, table
@@ -239,6 +239,8 @@ def _row_as_json(measured: Measured, row: Row) -> dict[str, Any]:
         "ratios_to_rivals": [dataclasses.asdict(measured.ratio(row, one)) for one in rivals(measured.rows)],
         "over_all_repetitions": _summary(row.runs),
         "step_parts": dataclasses.asdict(step_parts(row)),
+        "target_ms_by_tokens": medians_ms(run.target_forwards for run in row.runs),
+        "draft_ms_by_tokens": medians_ms(run.draft_forwards for run in row.runs),
         "overrun_share": overrun_share(row, measured.condition.emulation),
         "accepted_by_position": _sums([run.accepted_by_position for run in row.runs]),
         "drafted_by_position": _sums([run.drafted_by_position for run in row.runs]),

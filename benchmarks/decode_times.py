@@ -69,9 +69,9 @@ def model_times(rows: Sequence[Row], batch_size: int) -> ModelTimes:
     times = [request.output_times_s for run in baseline.runs for request in run.requests]
     round_ms = 1e3 * percentile((later - earlier for one in times for earlier, later in pairwise(one)), 0.5)
     alone = [row for row in rows if not row.entry.is_wide]
-    target = _medians_ms(run.target_forwards for row in alone for run in row.runs)
-    draft = _medians_ms(run.draft_forwards for row in alone if row.entry.is_ours for run in row.runs)
-    forward_ms = _medians_ms(run.target_forwards for run in baseline.runs).get(batch_size)
+    target = medians_ms(run.target_forwards for row in alone for run in row.runs)
+    draft = medians_ms(run.draft_forwards for row in alone if row.entry.is_ours for run in row.runs)
+    forward_ms = medians_ms(run.target_forwards for run in baseline.runs).get(batch_size)
     step_ms = _draft_step_ms(rows, batch_size)
     return ModelTimes(
         target_round_ms=round_ms,
@@ -125,7 +125,7 @@ def overrun_share(row: Row, emulation: Emulation | None) -> float:
 def _draft_step_ms(rows: Sequence[Row], batch_size: int) -> float | None:
     ours = sorted((row for row in rows if row.entry.is_ours), key=lambda row: row.name != PEARL)
     for row in ours[:1]:
-        observed = _medians_ms(run.draft_forwards for run in row.runs).get(batch_size)
+        observed = medians_ms(run.draft_forwards for run in row.runs).get(batch_size)
         if observed is not None:
             return observed
         steps_us = [run.server_timings_us.get(f"step_{batch_size}_rows") for run in row.runs]
@@ -134,7 +134,7 @@ def _draft_step_ms(rows: Sequence[Row], batch_size: int) -> float | None:
     return None
 
 
-def _medians_ms(runs: Iterable[Sequence[Forward]]) -> dict[int, float]:
+def medians_ms(runs: Iterable[Sequence[Forward]]) -> dict[int, float]:
     """Median duration by number of tokens, where there are enough."""
     durations: dict[int, list[float]] = defaultdict(list)
     for forwards in runs:

@@ -1,7 +1,8 @@
-"""Pictures of a result of `bench_decode`: speed by method, speed-up by batch size, who works when, acceptance by position.
+"""Pictures of a result of `bench_decode`: speed by method, where the time of a token goes, speed-up by batch size, who works when,
+acceptance by position.
 
-Owns the choice of pictures and three of the four; style is in `picture_style`, the timeline in `picture_timeline`. Needs matplotlib
-(the `bench` extra). Runs on its own, offline:
+Owns the choice of pictures and all of them but one; style is in `picture_style`, the timeline in `picture_timeline`. Needs
+matplotlib (the `bench` extra). Runs on its own, offline:
 
     python benchmarks/pictures.py result.json --out pictures
 """
@@ -16,7 +17,9 @@ from typing import Any
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.picture_style import (
+    DRAFT_COLOUR,
     FAINT_COLOUR,
+    TARGET_COLOUR,
     Result,
     Row,
     best_sequential,
@@ -37,6 +40,13 @@ from vllm_specbranch.errors import ConfigError
 SCHEMA_VERSION = 2
 # Of a position in the chunk; a share of fewer verified tokens is noise.
 LEAST_VERIFIED = 20
+# (key in `step_parts`, what a reader calls it, colour)
+PARTS = (
+    ("target_ms", "target forward", TARGET_COLOUR),
+    ("draft_wait_ms", "waiting for the draft", DRAFT_COLOUR),
+    ("propose_ms", "proposer", "#d55e00"),
+    ("rest_ms", "rest of vLLM", "#c4c4c4"),
+)
 Condition = Mapping[str, Any]
 
 
@@ -79,7 +89,7 @@ def draw_all(result: Result, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     found: list[Path | None] = []
     for condition in result["conditions"]:
-        found += [draw_speed(result, condition, folder), draw_acceptance(result, condition, folder)]
+        found += [draw(result, condition, folder) for draw in (draw_speed, draw_parts, draw_acceptance)]
     for group in _by_batch(result["conditions"]):
         if len(group) > 1:
             found.append(draw_batches(result, group, folder))
@@ -126,6 +136,43 @@ def draw_speed(result: Result, condition: Condition, folder: Path) -> Path:
     )
     frame(figure, title, subtitle, condition, result)
     return save(figure, folder / f"speed-{condition_slug(condition)}.png")
+
+
+def draw_parts(result: Result, condition: Condition, folder: Path) -> Path | None:
+    """Where the time of one generated token goes, as bars of parts; None where forwards were not observed."""
+    rows = condition["rows"]
+    if rows[0]["step_parts"]["target_ms"] is None:
+        return None
+    pyplot = plot()
+    figure, axes = pyplot.subplots(figsize=(10, 2.1 + 0.34 * len(rows)))
+    margins(figure, 3.3, 0.9, top_inches=1.05)
+    longest = 0.0
+    for y, row in enumerate(rows):
+        whole = row["over_all_repetitions"]
+        steps_per_token = whole["num_steps"] / whole["num_tokens"]
+        left = 0.0
+        for key, _, shade in PARTS:
+            width = (row["step_parts"][key] or 0.0) * steps_per_token
+            axes.barh(y, width, 0.68, left=left, color=shade, edgecolor="white", linewidth=0.6)
+            left += width
+        axes.text(
+            left, y, f" {left:.1f} ms", va="center", fontsize=9, fontweight="bold" if row["is_ours"] else "normal"
+        )
+        longest = max(longest, left)
+    axes.set_yticks(range(len(rows)), [f"{reader_name(row)}  ({devices(row, result['device'])})" for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, longest * 1.02)
+    axes.set_xlabel("ms per generated token: shorter is faster (whole runs, prefills included)")
+    marks = [pyplot.Rectangle((0, 0), 1, 1, color=shade) for _, _, shade in PARTS]
+    axes.legend(
+        marks, [words for _, words, _ in PARTS], loc="lower left", bbox_to_anchor=(0, 1.0), ncols=len(PARTS),
+        frameon=False, fontsize=9, handlelength=1.0, handleheight=1.0, borderaxespad=0.2,
+    )  # fmt: skip
+    title = f"Where the time of one token goes, batch {condition['batch_size']}"
+    subtitle = f"{condition['prompt_set']} prompts, {times_are(condition, result['device'])}"
+    frame(figure, title, subtitle, condition, result)
+    return save(figure, folder / f"parts-{condition_slug(condition)}.png")
 
 
 def draw_batches(result: Result, group: Sequence[Condition], folder: Path) -> Path:

@@ -52,6 +52,9 @@ def test_every_picture_is_drawn(tmp_path: Path) -> None:
         "acceptance-python_holdout-batch1-real.png",
         "acceptance-python_holdout-batch4-real.png",
         "batches-python_holdout-real.png",
+        "parts-python_holdout-batch1-emulated-20-4-0.02.png",
+        "parts-python_holdout-batch1-real.png",
+        "parts-python_holdout-batch4-real.png",
         "speed-python_holdout-batch1-emulated-20-4-0.02.png",
         "speed-python_holdout-batch1-real.png",
         "speed-python_holdout-batch4-real.png",
@@ -77,7 +80,7 @@ def test_titles_say_what_is_emulated(
     for module in (pictures, picture_timeline):
         monkeypatch.setattr(module, "save", keep)
     pictures.draw_all(made_result((1, emulation), (4, emulation)), tmp_path)
-    assert set(titles) == {"speed", "acceptance", "batches", "timeline"}
+    assert set(titles) == {"speed", "parts", "acceptance", "batches", "timeline"}
     for title in titles.values():
         assert ("(emulated)" in title) == ("emulated durations: target 20 ms" in title) == (emulation is not None)
         assert "real CPU cores" in title or emulation is not None
@@ -89,6 +92,7 @@ def test_forwards_that_were_not_observed_make_no_timeline(tmp_path: Path) -> Non
     for row in result["conditions"][0]["rows"]:
         row["timeline"]["target_forwards"] = []
         row["drafted_by_position"] = []
+        row["step_parts"]["target_ms"] = None
     assert [path.name for path in pictures.draw_all(result, tmp_path)] == ["speed-python_holdout-batch1-real.png"]
 
 
