@@ -70,6 +70,10 @@ def bench(args: argparse.Namespace, write: Write) -> int:
     """Run all rows under all conditions, write tables and JSON."""
     if not args.out.absolute().parent.is_dir():
         raise ConfigError(str(args.out), "a file in a folder that exists", "--out")
+    most_tokens = args.max_model_len - args.max_tokens
+    if args.prompt_tokens > most_tokens:
+        allowed = f"at most {most_tokens} (see --max-model-len, --max-tokens)"
+        raise ConfigError(args.prompt_tokens, allowed, "--prompt-tokens")
     sets = read_prompt_sets(args.prompts, max(args.num_prompts, *args.batch_sizes))
     wanted = conditions(sets, args.batch_sizes, args.emulate or [None])
     lineup = make_lineup(args)
@@ -166,10 +170,6 @@ def prepare(
     for condition in wanted:
         cut = cut_prompts(token_ids[condition.prompt_set], args.prompt_tokens)
         work = work_of(cut, max(min(args.num_prompts, len(cut)), condition.batch_size))
-        longest = max(map(len, work))
-        if longest + args.max_tokens > args.max_model_len:
-            allowed = f"at most {args.max_model_len - args.max_tokens} (see --max-model-len, --max-tokens)"
-            raise ConfigError(longest, allowed, "--prompt-tokens")
         known = names[condition.prompt_set]
         again = [f"{known[place % len(known)]}, again" for place in range(len(known), len(work))]
         found.append(Measured(condition, (known + again)[: len(work)], work, seed=args.seed))
