@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 # Run as a script, this finds its own folder only.
@@ -39,8 +40,10 @@ from vllm_specbranch.compare import GapOf, first_differences, transformers_gaps,
 from vllm_specbranch.errors import ConfigError, SpecBranchError
 from vllm_specbranch.lineup import Lineup, place, require_model
 from vllm_specbranch.measure import Engine, running
+from vllm_specbranch.measure_messages import Emulation
 from vllm_specbranch.provenance import available_cores, gpus, provenance
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 SCHEMA_VERSION = 2
 NUM_STARTING = 3
 # Of the warm-up, under each condition; and, where there are several, before each measured run: the running means by which a
@@ -94,14 +97,14 @@ def bench(args: argparse.Namespace, write: Write) -> int:
         "schema_version": SCHEMA_VERSION,
         **origin,
         "seed": args.seed,
-        "options": {name: _plain(value) for name, value in vars(args).items()},
+        "options": vars(args),
         "device": "gpu" if lineup.placement.target_device is not None else "cpu",
         "target": lineup.target,
         "draft": lineup.draft,
         "conditions": [measured_as_json(one) for one in measured],
     }
     write("\n" + "\n\n\n".join(map(as_text, measured)) + "\n")
-    line = json.dumps(result)
+    line = json.dumps(portable(result))
     args.out.write_text(line + "\n")
     write(line + "\n")
     return 0 if all(difference.is_tie for one in measured for row in one.rows for difference in row.differences) else 1
@@ -247,11 +250,18 @@ class _Progress:
                 self._write(f"  {engine.spec.name}: ready after {engine.facts['load_s']:.0f} s\n")
 
 
-def _plain(value: Any) -> Any:
-    """An option's value, as JSON takes it."""
+def portable(value: Any) -> Any:
+    """The same as JSON takes it, without the places of this machine: paths are relative to the repository, or names only."""
+    if isinstance(value, dict):
+        return {name: portable(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value if value is None or isinstance(value, str | int | float | dict) else str(value)
+        return [portable(one) for one in value]
+    if isinstance(value, Emulation):
+        return msgspec.to_builtins(value)
+    if isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")):
+        path = Path(value).absolute()
+        return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
+    return value
 
 
 def _write(text: str) -> None:

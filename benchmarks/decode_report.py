@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
+import msgspec
+
 from benchmarks.decode_conditions import Condition, describe_emulation
 from benchmarks.decode_intervals import Ratio, ratio, spread
 from benchmarks.decode_rows import SEQUENTIAL, Row, rivals
@@ -209,7 +211,7 @@ def measured_as_json(measured: Measured) -> dict[str, Any]:
         "label": condition.label,
         "prompt_set": condition.prompt_set,
         "batch_size": condition.batch_size,
-        "emulation": None if condition.emulation is None else _plain(condition.emulation),
+        "emulation": None if condition.emulation is None else msgspec.to_builtins(condition.emulation),
         "times_are": describe_emulation(condition.emulation),
         "prompts": list(measured.names),
         "prompt_tokens": [len(one) for one in measured.token_ids],
@@ -305,7 +307,3 @@ def _summary(runs: Sequence[RunResult]) -> dict[str, Any]:
 def _sums(rows: Sequence[Sequence[int]]) -> list[int]:
     length = max(map(len, rows), default=0)
     return [sum(row[place] for row in rows if place < len(row)) for place in range(length)]
-
-
-def _plain(emulation: Any) -> dict[str, float]:
-    return {name: getattr(emulation, name) for name in emulation.__struct_fields__}

@@ -267,6 +267,12 @@ def test_differences_are_found_once_over_all_repetitions() -> None:
     assert rows[1].differences == [Difference("other", 0, 2, 2, 9, 0.5)]
 
 
-def test_options_travel_in_the_result() -> None:
-    plain = {name: bench_decode._plain(value) for name, value in vars(words("--emulate", "20:4")).items()}
-    assert json.loads(json.dumps(plain))["batch_sizes"] == [1]
+def test_results_carry_no_places_of_this_machine() -> None:
+    options = vars(words("--emulate", "20:4", "--emulate", "none", "--draft", "/somewhere/else/draft"))
+    written = json.loads(
+        json.dumps(bench_decode.portable({"options": options, "argv": [__file__, "/tmp/a/b.json", "1"]}))
+    )
+    assert written["options"]["batch_sizes"] == [1] and written["options"]["emulate"][1] is None
+    assert written["options"]["emulate"][0]["target_forward_ms"] == 20.0
+    assert written["options"]["target"] == "vllm_specbranch/models/target" and written["options"]["draft"] == "draft"
+    assert written["argv"] == ["tests/unit/test_bench_decode.py", "b.json", "1"]
