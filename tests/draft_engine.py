@@ -37,6 +37,7 @@ class Engine:
     top_k: int
     planner: Planner
     threshold: float
+    clock: Clock
     samplings: dict[str, messages.Sampling | None] = field(default_factory=dict)
     sequences: dict[str, list[int]] = field(default_factory=dict)
     drafts: dict[str, list[int]] = field(default_factory=dict)
@@ -77,15 +78,21 @@ class Engine:
                 break
 
     def commit(
-        self, outcomes: dict[str, tuple[int, list[int]]], max_wait_ms: float = 1e4, most_steps: int = 500
+        self,
+        outcomes: dict[str, tuple[int, list[int]]],
+        max_wait_ms: float = 1e4,
+        most_steps: int = 500,
+        pace: messages.Pace | None = None,
+        round_s: float = 0.0,
     ) -> None:
-        """Commit `tokens` at `position` per request, collect the reply, check it."""
+        """Commit `tokens` at `position` per request, `round_s` after whatever was before, collect the reply, check it."""
+        self.clock.now_s += round_s
         self.round += 1
         commits = []
         for name, (position, tokens) in outcomes.items():
             self.sequences[name] = self.sequences[name][:position] + tokens
             commits.append(messages.Commit(name, position, tokens, len(self.drafts[name])))
-        replies = self.tell(messages.CommitBatch(self.round, max_wait_ms, commits))
+        replies = self.tell(messages.CommitBatch(self.round, max_wait_ms, commits, pace))
         for _ in range(most_steps):
             if self.take_ahead(replies):
                 break
@@ -149,8 +156,9 @@ def make_engine(num_blocks: int = 400, limits: Limits | None = None, **keys: obj
     config = SpecBranchConfig.from_user(user)
     model = FakeDraftModel(num_blocks, BLOCK_SIZE)
     planner = Planner(config)
-    server = make_server(config, model, KVBlocks(num_blocks, BLOCK_SIZE), limits or Limits(), Clock())
+    clock = Clock()
+    server = make_server(config, model, KVBlocks(num_blocks, BLOCK_SIZE), limits or Limits(), clock)
     replies = server.handle(PEER, messages.Hello("s", model.vocab_size, 500))
     assert replies == [(PEER, messages.Ready("s", model.max_model_len, num_blocks, BLOCK_SIZE))]
     threshold = 0.0 if config.stop_rule == "none" else config.stop_threshold
-    return Engine(server, model, config.num_speculative_tokens, planner.num_candidates, planner, threshold)
+    return Engine(server, model, config.num_speculative_tokens, planner.num_candidates, planner, threshold, clock)

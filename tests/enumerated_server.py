@@ -60,6 +60,8 @@ class Serving:
         patience: `[..]` weight of each number of draft steps that the engine waits for a reply; then it uses what was sent
             ahead, and if that is nothing it does not wait in the next round. None: it waits for the reply.
         max_wait_ms: as in `CommitBatch`.
+        in_flight: every message finds a forward under way.
+        round_us: (time of a round without tokens, time of each token), which the engine tells the server; None: it does not.
     """
 
     rules: Rules
@@ -72,6 +74,8 @@ class Serving:
     free_steps: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 1.0)
     patience: tuple[float, ...] | None = None
     max_wait_ms: float = 1e4
+    in_flight: bool = False
+    round_us: tuple[float, float] | None = None
 
 
 class TableModel(FakeDraftModel):
@@ -192,13 +196,21 @@ class Engine:
     def run(self) -> tuple[Prefix, ...]:
         """All requests to their ends; returns their outputs."""
         self.server.handle(PEER, messages.Hello("s", MODEL_VOCAB_SIZE, 500))
-        self.server.handle(PEER, messages.StepBegin([self._open(name) for name in self._requests], []))
+        self._tell(messages.StepBegin([self._open(name) for name in self._requests], []))
         while not all(request.is_finished for request in self._requests.values()):
             self._take_steps(self._world.choose(self._serving.free_steps))
             self._next_round()
         self.server.check_integrity()
         self._seen.update(self.server.counters.as_dict())
         return tuple(request.output for request in self._requests.values())
+
+    def _tell(self, message: messages.EngineMessage) -> list[Reply]:
+        """Give the server a message, while a forward is under way if the case wants that."""
+        batch = self.server.begin_step() if self._serving.in_flight else None
+        replies = self.server.handle(PEER, message)
+        if batch is not None:
+            replies += self.server.finish_step(batch, self.server.run_forward(batch))
+        return replies
 
     def _open(self, name: str) -> messages.Open:
         index = list(self._requests).index(name)
@@ -215,30 +227,36 @@ class Engine:
         self._round += 1
         commits: list[messages.Commit] = []
         closes: list[str] = []
+        num_tokens = 0
         for name, request in self._requests.items():
             if request.is_finished:
                 continue
             position = self._serving.num_prompt_tokens + len(request.output)
             num_draft_tokens, tokens = request.next_round()
+            num_tokens += 1 + num_draft_tokens
             self._seen[f"{num_draft_tokens} draft tokens"] += 1
             if request.is_finished:
                 closes.append(name)
             else:
                 commits.append(messages.Commit(name, position, tokens, num_draft_tokens))
         if closes:
-            self.server.handle(PEER, messages.StepBegin([], closes))
+            self._tell(messages.StepBegin([], closes))
         if commits:
-            self._collect(messages.CommitBatch(self._round, self._serving.max_wait_ms, commits))
+            pace = None
+            if self._serving.round_us is not None:
+                base_us, token_us = self._serving.round_us
+                pace = messages.Pace(num_tokens, base_us + token_us * num_tokens, 0.0)
+            self._collect(messages.CommitBatch(self._round, self._serving.max_wait_ms, commits, pace))
 
     def _collect(self, batch: messages.CommitBatch) -> None:
         """Send a batch; take the reply, or what was sent ahead of it when the engine waits no longer."""
         if self._has_given_up:
             self._has_given_up = False
-            self.server.handle(PEER, batch)
+            self._tell(batch)
             return
         weights = self._serving.patience
         patience = MOST_STEPS if weights is None else self._world.choose(weights)
-        is_answered = self._take(self.server.handle(PEER, batch))
+        is_answered = self._take(self._tell(batch))
         for _ in range(patience):
             if is_answered:
                 break

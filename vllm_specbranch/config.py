@@ -17,7 +17,8 @@ METHOD = "specbranch"
 CONFIG_FILE_NAME = "specbranch.json"
 CONFIG_ENV = "VLLM_SPECBRANCH_CONFIG"
 
-PolicyName = Literal["pearl", "specbranch"]
+PolicyName = Literal["pearl", "specbranch", "fanout", "best_first"]
+BranchRule = Literal["adaptive", "fixed"]
 StopRule = Literal["confidence", "adaedl", "none"]
 SampleMethod = Literal["probabilistic", "greedy"]
 
@@ -26,6 +27,14 @@ MAX_AUTO_REPLY_TIMEOUT_MS = 50.0
 
 # Of 1 - sqrt(0.2 H): about 2.5 nats.
 ADAEDL_THRESHOLD = 0.3
+
+# What differs from the defaults of `SpecBranchConfig`. PEARL submits all it has, has no second candidate, and goes on empty after a
+# miss; where forks are inside a chunk as well, nothing is gained by ending it early.
+_POLICY_DEFAULTS: Mapping[str, Mapping[str, object]] = {
+    "pearl": {"stop_rule": "none", "on_miss": "go", "max_branches": 1},
+    "fanout": {"stop_rule": "none", "max_branches": 16},
+    "best_first": {"stop_rule": "none", "max_branches": 32},
+}
 
 EXAMPLE_SETTINGS = '{"model": "path or hub id of the draft model", "num_speculative_tokens": 8}'
 
@@ -50,8 +59,9 @@ class SpecBranchConfig:
     Attributes:
         model: the draft model, a path or hub id.
         num_speculative_tokens: most draft tokens in a chunk (the papers' gamma), 1..64.
-        policy: `pearl` (arXiv:2408.11850) or `specbranch` (arXiv:2506.01979).
-        max_branches: most branches at a branch point (k_max of arXiv:2506.01979), 1..64.
+        policy: `pearl` (arXiv:2408.11850), `specbranch` (arXiv:2506.01979), `fanout` (SSD, arXiv:2603.03251) or `best_first`.
+        max_branches: most branches at a branch point (k_max of arXiv:2506.01979), 1..64; of a request with `fanout`, `best_first`.
+        branch_rule: of `specbranch`: fewer branches where the draft is sure of itself (`adaptive`), or always `max_branches`.
         stop_rule: what ends a chunk: the draft's top probability (`confidence`), a bound on the acceptance probability from its
             entropy (`adaedl`, arXiv:2410.18351), or its length alone (`none`).
         stop_threshold: value of the rule below which the chunk ends (the paper's epsilon), 0..1. The default is low because small
@@ -77,6 +87,7 @@ class SpecBranchConfig:
     num_speculative_tokens: int = 8
     policy: PolicyName = "specbranch"
     max_branches: int = 8
+    branch_rule: BranchRule = "adaptive"
     stop_rule: StopRule = "confidence"
     stop_threshold: float = 0.1
     on_miss: OnMiss = OnMiss("auto")
@@ -111,11 +122,8 @@ class SpecBranchConfig:
             raise ConfigError(given[unknown[0]], "one of the keys " + ", ".join(sorted(_PARSERS)), unknown[0])
         if given.get("model") in (None, ""):
             raise ConfigError(given.get("model"), "the path or hub id of the draft model (required)", "model")
-        policy = _choice("pearl", "specbranch")(given.get("policy", cls.policy), "policy")
-        defaults: dict[str, object] = {}
-        if policy == "pearl":
-            # PEARL submits all it has, has no second candidate, and goes on empty after a miss.
-            defaults = {"stop_rule": "none", "on_miss": "go", "max_branches": 1}
+        policy = _PARSERS["policy"](given.get("policy", cls.policy), "policy")
+        defaults: dict[str, object] = dict(_POLICY_DEFAULTS.get(str(policy), {}))
         if given.get("stop_rule") == "adaedl":
             # Another scale: 0.1 would be an entropy of 4 nats.
             defaults["stop_threshold"] = ADAEDL_THRESHOLD
@@ -129,6 +137,8 @@ class SpecBranchConfig:
     def _check_policy(self) -> None:
         if self.policy == "pearl" and self.max_branches != 1:
             raise ConfigError(self.max_branches, "1 with policy 'pearl', which has a single chain", "max_branches")
+        if self.policy != "specbranch" and self.branch_rule != "adaptive":
+            raise ConfigError(self.branch_rule, "'adaptive' unless policy is 'specbranch'", "branch_rule")
 
 
 def load_bare_word_settings(target_model: str) -> dict[str, object]:
@@ -266,8 +276,9 @@ def parse_cores(value: object, field: str) -> tuple[int, ...]:
 _PARSERS: dict[str, Callable[[object, str], object]] = {
     "model": _text,
     "num_speculative_tokens": _integer(1, 64),
-    "policy": _choice("pearl", "specbranch"),
+    "policy": _choice("pearl", "specbranch", "fanout", "best_first"),
     "max_branches": _integer(1, 64),
+    "branch_rule": _choice("adaptive", "fixed"),
     "stop_rule": _choice("confidence", "adaedl", "none"),
     "stop_threshold": _number(0.0, 1.0),
     "on_miss": _on_miss,

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from vllm_specbranch.costs import LinearCost
+from vllm_specbranch.messages import CommitBatch
+
 # Weight of the newest value in the running means; short, because batch sizes change within tens of rounds.
 MEAN_WEIGHT = 0.1
 # Two commits further apart than this have idle time between them, which says nothing about the target's speed.
@@ -17,6 +20,7 @@ class PendingReply:
         hits: per request whether it was a hit.
         unknown: requests that it named and the server does not know.
         deadline_s: when it must be answered, whatever there is.
+        free_until_s: until then the engine is busy with itself, and a wait costs nothing.
         sent: per sampled request how many tokens have been sent ahead of the answer.
     """
 
@@ -24,6 +28,7 @@ class PendingReply:
     hits: dict[str, bool]
     unknown: list[str]
     deadline_s: float
+    free_until_s: float = 0.0
     sent: dict[str, int] = field(default_factory=dict)
 
 
@@ -36,9 +41,17 @@ class Peer:
     token_s: float = 0.0
     accepted: float = 1.0
     tried: float = 2.0
+    num_requests: int = 1
+    num_rounds: int = 0
+    verification: LinearCost = field(default_factory=LinearCost)
 
-    def observe_round(self, now_s: float, num_requests: int, num_tokens: int) -> None:
-        """Take in that a commit batch of `num_tokens` for `num_requests` has arrived."""
+    def observe_round(self, now_s: float, batch: CommitBatch) -> None:
+        """Take in a commit batch that has just arrived."""
+        num_requests, num_tokens = len(batch.commits), sum(len(one.tokens) for one in batch.commits)
+        self.num_requests = max(1, num_requests)
+        self.num_rounds += 1
+        if batch.pace is not None:
+            self.verification.observe(batch.pace.num_tokens, batch.pace.step_us / 1e6)
         if self.last_commit_s is not None and num_tokens and now_s - self.last_commit_s < LONGEST_ROUND_S:
             token_s = (now_s - self.last_commit_s) * num_requests / num_tokens
             self.token_s = token_s if not self.token_s else self.token_s + MEAN_WEIGHT * (token_s - self.token_s)
@@ -49,6 +62,17 @@ class Peer:
         keep = 1.0 - MEAN_WEIGHT / 4
         self.accepted = keep * self.accepted + num_accepted
         self.tried = keep * self.tried + num_accepted + (num_accepted < num_draft_tokens)
+
+    @property
+    def price(self) -> float:
+        """The least chance of acceptance that pays for the verification of one more token of one request.
+
+        A token more in the batch makes the round longer by the slope of the measured times; at its present rate the whole batch
+        commits so many tokens in that time. Near 0 while the target's rounds do not depend on how many tokens they verify.
+        """
+        if not self.token_s:
+            return 0.0
+        return self.verification.slope_s * self.num_requests / self.token_s
 
     @property
     def acceptance(self) -> float:

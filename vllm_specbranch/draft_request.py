@@ -39,6 +39,8 @@ class DraftRequest:
     ) -> None:
         self.tree = TokenTree(tokens)
         self.sampling = sampling
+        # Least chance of acceptance that is worth a token's verification, as things stand (see `Planner.chunk`).
+        self.price = 0.0
         self._random_number = random_number
         self._kv = kv
         self._sequence_ids = sequence_ids
@@ -68,10 +70,6 @@ class DraftRequest:
     def sequence(self, leaf: int) -> int:
         """The KV sequence of a leaf."""
         return self._owned[leaf]
-
-    def depth(self, node_id: int) -> int:
-        """How many tokens lie from the branch point down to a node."""
-        return self.tree.node(node_id).position - self.tree.node(self.chunk_end).position
 
     def num_pending(self, leaf: int) -> int:
         """How many tokens, up to and with the leaf's, have no KV yet; 0 when the leaf has been fed."""
@@ -116,15 +114,21 @@ class DraftRequest:
         """
         return self._kv.append(self._owned[leaf], num_tokens)
 
-    def fed(self, leaf: int, candidates: Candidates, score: float) -> None:
+    @property
+    def is_sampled(self) -> bool:
+        """Whether its drafts are drawn."""
+        return self.sampling is not None
+
+    def fed(self, leaf: int, candidates: Candidates, score: float, accepted: float) -> None:
         """Note what the draft model predicts after a leaf, all of whose tokens have KV now, and choose the token to go on with.
 
         Args:
             candidates: for a sampled request, the distribution to draw from.
             score: for the stop rule.
+            accepted: estimated chance that the token chosen is accepted.
         """
         node = self.tree.node(leaf)
-        node.candidates, node.score = candidates, score
+        node.candidates, node.score, node.accepted = candidates, score, accepted
         index = 0
         if self.sampling is not None:
             # The same number at every draw after this prefix: a token once drawn there is never drawn anew.

@@ -19,6 +19,10 @@ from vllm_specbranch.token_tree import Candidates
 
 logger = logging.getLogger("vllm.specbranch.draft_server")
 
+# Of so many rounds, in so many one request is drafted for although the price of verification is above its worth.
+SCOUT_PERIOD = 128
+SCOUT_ROUNDS = 8
+
 Reply = tuple[bytes, messages.ServerMessage]
 
 
@@ -100,10 +104,12 @@ class DraftServer(DraftSteps):
             self._check_tokens(commit.tokens)
         peer = self._peers.setdefault(peer_id, Peer())
         now_s = self._clock()
-        peer.observe_round(now_s, len(message.commits), sum(len(one.tokens) for one in message.commits))
-        pending = PendingReply(message.round, {}, [], now_s + message.max_wait_ms / 1e3)
-        for commit in message.commits:
-            hit = self._commit(peer, (peer_id, commit.request_id), commit)
+        peer.observe_round(now_s, message)
+        slack_s = message.pace.slack_us / 1e6 if message.pace else 0.0
+        pending = PendingReply(message.round, {}, [], now_s + message.max_wait_ms / 1e3, now_s + slack_s)
+        prices = self._prices(peer, len(message.commits))
+        for commit, price in zip(message.commits, prices, strict=True):
+            hit = self._commit(peer, (peer_id, commit.request_id), commit, price)
             if hit is None:
                 pending.unknown.append(commit.request_id)
             else:
@@ -111,10 +117,26 @@ class DraftServer(DraftSteps):
         self.counters.num_unknown_requests += len(pending.unknown)
         peer.pending = pending
 
-    def _commit(self, peer: Peer, key: Key, commit: messages.Commit) -> bool | None:
+    def _prices(self, peer: Peer, count: int) -> list[float]:
+        """The price of verification for each request of a batch.
+
+        Where speculation does not pay, one request at a time is still drafted for now and then: how often its drafts are accepted
+        may change.
+        """
+        if not self._planner.weighs_load:
+            return [0.0] * count
+        prices = [peer.price] * count
+        period, phase = divmod(peer.num_rounds, SCOUT_PERIOD)
+        if phase < SCOUT_ROUNDS and count:
+            prices[period % count] = 0.0
+        return prices
+
+    def _commit(self, peer: Peer, key: Key, commit: messages.Commit, price: float) -> bool | None:
         request = self._requests.pop(key, None)
         if request is None:
             return None
+        request.price = price
+        self._observe_outcome(request, commit)
         tree = request.tree
         line, num_nodes = self._main_line(request), len(tree)
         result = request.commit(commit.position, commit.tokens)
@@ -131,6 +153,27 @@ class DraftServer(DraftSteps):
             request.readmit()
             self._open_chunk(request)
         return result.hit
+
+    def _observe_outcome(self, request: DraftRequest, commit: messages.Commit) -> None:
+        """Learn from what the target said after each node that had been fed."""
+        tree = request.tree
+        if commit.position != tree.num_tokens:
+            return
+        node = tree.node(tree.root)
+        for index, token in enumerate(commit.tokens):
+            if node.candidates is None:
+                return
+            self._planner.acceptance.observe(
+                node.candidates,
+                token,
+                is_sampled=request.is_sampled,
+                is_inside=index < commit.num_draft_tokens,
+                is_accepted=index < len(commit.tokens) - 1,
+            )
+            child = node.children.get(token)
+            if child is None:
+                return
+            node = tree.node(child)
 
     def _main_line(self, request: DraftRequest) -> int:
         """How many drafted tokens lie on the line of first choices below the root."""
@@ -159,6 +202,7 @@ class DraftServer(DraftSteps):
         timings = {f"step_{rows}_rows": 1e6 * value for rows, value in sorted(self._timings.step_s_by_rows.items())}
         for index, peer in enumerate(self._peers.values()):
             timings[f"peer_{index}_token"] = 1e6 * peer.token_s
+            timings[f"peer_{index}_verification_token"] = 1e6 * peer.verification.slope_s
         return messages.Status(
             query, len(self._requests), self.kv.num_held, self.kv.num_blocks, self.counters.as_dict(), timings
         )
@@ -180,7 +224,7 @@ class DraftServer(DraftSteps):
         return growing
 
     def _waits_for(self, peer_id: bytes, pending: PendingReply) -> list[tuple[DraftRequest, int]]:
-        """(request, end of its chunk) where the next draft step should make a chunk longer before the reply; none if it is due now."""
+        """(request, end of its chunk) where a reply waits for the next draft step to make a chunk longer; none if it is due now."""
         growing = self._growing(peer_id, pending)
         if not growing:
             return []
@@ -189,7 +233,8 @@ class DraftServer(DraftSteps):
         if now_s + step_s > pending.deadline_s:
             return []
         peer = self._peers[peer_id]
-        costs = WaitCosts(step_s, peer.token_s, peer.acceptance, max(1, len(pending.hits)))
+        delay_s = now_s + step_s - max(now_s, pending.free_until_s)
+        costs = WaitCosts(max(0.0, delay_s), peer.token_s, peer.acceptance, max(1, len(pending.hits)))
         if not self._planner.worth_waiting([chunk for _, chunk in growing], costs):
             return []
         return [(request, chunk.end) for request, chunk in growing]
@@ -230,6 +275,7 @@ class DraftServer(DraftSteps):
             if request is None:
                 continue
             request.chunk_end = self._open_chunk(request).end
+            self._planner.branching.revalue(request.tree, request.chunk_end, is_sampled=request.is_sampled)
             drafts.append(request.draft(request_id, hit))
             self._grow(request)
         return messages.DraftBatch(pending.round, True, drafts, pending.unknown)

@@ -134,7 +134,8 @@ class DraftSteps:
         for one, sequence, predicted in zip(batch.work, batch.sequences, candidates, strict=True):
             # Messages that were taken in meanwhile may have moved, evicted or closed the request.
             if one.request.is_complete(one.leaf, sequence):
-                one.request.fed(one.leaf, predicted, self._planner.score(predicted))
+                accepted = self._planner.acceptance.accepted(predicted, is_sampled=one.request.is_sampled)
+                one.request.fed(one.leaf, predicted, self._planner.score(predicted), accepted)
                 touched[id(one.request)] = one.request
         awaited = self._awaited()
         for request_id, request in touched.items():
@@ -196,27 +197,24 @@ class DraftSteps:
         return self._wanted_of_all()
 
     def _wanted_of_all(self) -> list[Work]:
-        """First choices of all requests before their second ones, and one chunk of one prefill."""
-        by_rank: list[list[Work]] = []
+        """The rows of all requests that are worth their time, the most valuable first, and one chunk of one prefill."""
+        wanted: list[tuple[float, Work]] = []
         prefill: Work | None = None
         chunk = self._timings.prefill_chunk(self._limits.prefill_tokens)
         for request in self._requests.values():
-            if request.is_evicted:
+            if request.is_evicted or request.price >= 1.0:
                 continue
-            for rank, leaf in enumerate(self._planner.rows(request.tree, request.chunk_end)):
-                num_pending = request.num_pending(leaf)
+            for value, leaf in self._planner.rows(request.tree):
                 if self._is_at_the_end(request, leaf):
                     continue
+                num_pending = request.num_pending(leaf)
                 if num_pending > MAX_DECODE_TOKENS:
                     prefill = prefill or Work(request, leaf, min(num_pending, chunk))
-                    continue
-                while len(by_rank) <= rank:
-                    by_rank.append([])
-                by_rank[rank].append(Work(request, leaf, num_pending))
-        if by_rank and len(by_rank[0]) > self._limits.num_rows:
-            # Not all requests fit: the one with the least drafted so far comes first, so that all get their turn.
-            by_rank[0].sort(key=lambda one: one.request.depth(one.leaf))
-        return self._limits.cut(list(itertools.chain.from_iterable(by_rank)), prefill)
+                else:
+                    wanted.append((value, Work(request, leaf, num_pending)))
+        wanted.sort(key=lambda one: -one[0])
+        count = self._planner.num_rows([value for value, _ in wanted], self._timings.row_cost)
+        return self._limits.cut([work for _, work in wanted[:count]], prefill)
 
     # --- what grows -------------------------------------------------------------------------------------------------------
 
@@ -229,28 +227,30 @@ class DraftSteps:
         Always appended: were it there for some choices only (because a branch starts with it, say), a look at the drawn token would
         decide whether it is submitted (rule 2 of the design, section 3).
         """
-        chunk = self._planner.chunk(request.tree)
+        chunk = self._planner.chunk(request.tree, request.price)
         node = request.tree.node(chunk.end)
         if chunk.is_complete or node.candidates is None or request.is_evicted:
             return chunk
         request.extend(chunk.end, node.choice)
         self.counters.num_drafted_tokens += 1
-        return self._planner.chunk(request.tree)
+        return self._planner.chunk(request.tree, request.price)
 
     def _grow(self, request: DraftRequest) -> None:
-        """Draft on below the branch point: candidates at the branch point itself, the draft's choices below them."""
-        if request.is_evicted or not request.has_kv(request.chunk_end):
+        """Draft on for the outcomes of the verification under way: new forks, and the draft's choices below them."""
+        if request.is_evicted or request.price >= 1.0:
             return
-        tree, branch_point = request.tree, request.chunk_end
-        for leaf, token in self._planner.extensions(tree, branch_point):
-            request.extend(leaf, token)
+        tree, end, branching = request.tree, request.chunk_end, self._planner.branching
+        for leaf, token in branching.extensions(tree, end, request.price):
+            branching.grow_extension(tree, leaf, request.extend(leaf, token))
             self.counters.num_drafted_tokens += 1
-        has_branch = bool(tree.node(branch_point).children)
-        for token in self._planner.forks(tree, branch_point, most=1 if self._is_pressed else None):
-            request.extend(branch_point, token)
-            self.counters.num_forks += has_branch
+        most = 1 if self._is_pressed else None
+        for fork in branching.forks(tree, end, is_sampled=request.is_sampled, most=most):
+            # An evicted chain is fed anew before anything can pass through it.
+            if not request.has_kv(fork.node_id):
+                continue
+            self.counters.num_forks += bool(tree.node(fork.node_id).children)
             self.counters.num_drafted_tokens += 1
-            has_branch = True
+            branching.grow_fork(tree, fork, request.extend(fork.node_id, fork.token))
 
     def check_integrity(self) -> None:
         """Raise unless every request and the block pool are consistent; for tests and idle moments."""

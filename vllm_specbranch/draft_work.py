@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from vllm_specbranch.costs import LinearCost
 from vllm_specbranch.draft_peers import MEAN_WEIGHT
 from vllm_specbranch.draft_request import DraftRequest
 
@@ -49,9 +50,16 @@ class StepTimings:
     step_s: float = 0.0
     step_s_by_rows: dict[int, float] = field(default_factory=dict)
     prefill_token_s: float = 0.0
+    rows: LinearCost = field(default_factory=LinearCost)
+
+    @property
+    def row_cost(self) -> float:
+        """What one more row adds to a step, relative to a step with one row."""
+        return self.rows.relative_slope
 
     def observe(self, num_rows: int, duration_s: float) -> None:
         """Take in one step."""
+        self.rows.observe(num_rows, duration_s)
         known = self.step_s_by_rows.get(num_rows)
         mean = duration_s if known is None else known + MEAN_WEIGHT * (duration_s - known)
         self.step_s_by_rows[num_rows] = mean

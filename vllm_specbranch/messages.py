@@ -17,7 +17,7 @@ import msgspec
 
 from vllm_specbranch.errors import WireError
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # 3.3 million tokens at msgpack's 5 bytes each; includes the version byte.
 MAX_ENTRIES = 4096  # Requests named in one list of a message; four times vLLM's largest default of max_num_seqs.
 MAX_ID_LENGTH = 256  # Characters of a request id or session name.
@@ -144,6 +144,20 @@ class StepBegin(_Wire, frozen=True):
     closes: RequestIds
 
 
+class Pace(_Wire, frozen=True):
+    """Times of the engine, so that the server can weigh what a longer chunk or a wait costs.
+
+    Args:
+        num_tokens: that the target's forward was given in this step, all requests together.
+        step_us: how long that forward and sampling took.
+        slack_us: how long after this message the engine is going to look for the reply.
+    """
+
+    num_tokens: Count
+    step_us: DurationUs
+    slack_us: DurationUs
+
+
 class CommitBatch(_Wire, frozen=True):
     """Engine to server, after sampling: the outcomes of one round. Answered by one `DraftBatch` of the same round.
 
@@ -151,11 +165,13 @@ class CommitBatch(_Wire, frozen=True):
         round: number of the round; the reply repeats it.
         max_wait_ms: how long the server may delay the reply to draft more first; 0 asks for a reply at once.
         commits: one entry per request that got tokens.
+        pace: measured times of the engine; None for a step with a prefill, which says nothing about verification.
     """
 
     round: Count
     max_wait_ms: DurationMs
     commits: Commits
+    pace: Pace | None
 
 
 class StatusQuery(_Wire, frozen=True):

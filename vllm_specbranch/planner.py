@@ -1,16 +1,22 @@
-"""Policies: what to submit, where to fork, what to extend, when to wait. Pure decisions on a token tree.
+"""Policies: what to submit, which rows to feed, when to wait. Pure decisions on a token tree; where to fork is in `branching`.
 
-Owns no state, no clock and no model: the draft server measures, asks, and carries out. Runs in the draft server process.
+Owns the acceptance estimates, no other state, no clock and no model: the draft server measures, asks, and carries out. Runs in the
+draft server process.
 
     PEARL (arXiv:2408.11850): one chain; all drafted tokens are submitted; a miss goes on with an empty chunk.
     SpecBranch (arXiv:2506.01979): a chunk ends where the draft model is unsure (section 4, "hybrid drafting", here without the
         length head), and k candidates are forked at that branch point (section 5, "branch resampling").
+    fanout (SSD, arXiv:2603.03251): all drafted tokens are submitted; candidates at every position of the chunk.
+    best_first (ours): a chunk is as long as its tokens pay for their verification; the likeliest outcomes are drafted for, in rows
+        as many as pay for the time they add to a draft step.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from vllm_specbranch.acceptance import AcceptanceModel
+from vllm_specbranch.branching import Branching
 from vllm_specbranch.config import OnMiss, SpecBranchConfig
 from vllm_specbranch.token_tree import Candidates, TokenTree
 
@@ -36,7 +42,7 @@ class Chunk:
         end: the node where the chunk ends, the branch point; the root for an empty chunk.
         num_tokens: draft tokens from the root (exclusive) to `end`.
         is_complete: more drafting would not make it longer.
-        survival: product of the draft's top probabilities along it, an estimate of the chance that all of it is accepted.
+        survival: estimated chance that all of it is accepted.
     """
 
     end: int
@@ -72,6 +78,11 @@ class Planner:
     def __init__(self, config: SpecBranchConfig) -> None:
         self._max_chunk = config.num_speculative_tokens
         self._max_branches = config.max_branches
+        self._weighs_rows = config.policy == "best_first" and not config.deterministic
+        # PEARL has no such rule, and measured times must not matter where drafts have to repeat themselves.
+        self.weighs_load = config.policy != "pearl" and not config.deterministic
+        self.acceptance = AcceptanceModel()
+        self.branching = Branching(config, self.acceptance)
         self._stop_rule = config.stop_rule
         self._threshold = 0.0 if config.stop_rule == "none" else config.stop_threshold
         self._on_miss = config.on_miss
@@ -94,67 +105,54 @@ class Planner:
             return max(0.0, 1.0 - math.sqrt(ENTROPY_WEIGHT * entropy(candidates.probs)))
         return candidates.probs[0]
 
-    def chunk(self, tree: TokenTree) -> Chunk:
-        """The chunk that could be submitted now: along the draft's choices, up to the stop rule or the limit.
+    def chunk(self, tree: TokenTree, price: float = 0.0) -> Chunk:
+        """The chunk that could be submitted now: along the draft's choices, up to the stop rule, the price or the limit.
 
         A forward stopping rule: whether a token enters depends on the distribution it was drawn from, never on the token.
+
+        Args:
+            price: least chance of acceptance that a token must have, with all before it, to be worth its verification.
         """
         node = tree.node(tree.root)
         survival = 1.0
         for length in range(self._max_chunk):
-            candidates = node.candidates
-            if candidates is None:
-                return Chunk(node.node_id, length, False, survival)
-            if node.score < self._threshold:
+            if node.candidates is None:
+                return Chunk(node.node_id, length, price >= 1.0, survival)
+            if node.score < self._threshold or survival * node.accepted < price:
                 return Chunk(node.node_id, length, True, survival)
             child = node.children.get(node.choice)
             if child is None:
                 return Chunk(node.node_id, length, False, survival)
-            survival *= candidates.probs[0]
+            survival *= node.accepted
             node = tree.node(child)
         return Chunk(node.node_id, self._max_chunk, True, survival)
 
-    def num_branches(self, confidence: float) -> int:
-        """k = max(1, floor(k_max (1 - q))), arXiv:2506.01979 section 5.
+    def rows(self, tree: TokenTree) -> list[tuple[float, int]]:
+        """(value, leaf) for each leaf that a draft step could feed."""
+        leaves = ((leaf, tree.node(leaf)) for leaf in tree.leaves())
+        return [
+            (node.value, leaf) for leaf, node in leaves if node.candidates is None and node.position <= node.deepest
+        ]
+
+    def num_rows(self, values: Sequence[float], row_cost: float) -> int:
+        """How many of the rows that could be fed pay for what they add to the draft step.
+
+        All but for `best_first`, which takes as many as give the most value per time: one more as long as its value, relative to
+        that of the rows before it, is more than the time it adds, relative to theirs.
 
         Args:
-            confidence: the draft's top probability at the branch point, 0..1.
+            values: `[n]` of the rows, the greatest first.
+            row_cost: time that one more row adds, relative to a step with one row.
         """
-        return max(1, int(self._max_branches * (1.0 - confidence)))
-
-    def forks(self, tree: TokenTree, branch_point: int, most: int | None = None) -> list[int]:
-        """Tokens to fork at the branch point now: the draft's candidates that are not there yet, best first.
-
-        Never a drawn token: the target draws the one that counts, and the most likely candidates meet it most often.
-
-        Args:
-            most: fewer branches than the policy wants.
-        """
-        node = tree.node(branch_point)
-        if node.candidates is None:
-            return []
-        count = self.num_branches(node.candidates.probs[0]) if most is None else most
-        return [token for token in node.candidates.token_ids[:count] if token not in node.children]
-
-    def extensions(self, tree: TokenTree, below: int) -> Iterator[tuple[int, int]]:
-        """Fed leaves below the branch point that get their choice appended now, as (leaf, token).
-
-        A branch is drafted until a full chunk is ready below its first token.
-        """
-        last_position = self._last_position(tree, below)
-        for leaf in tree.leaves(below):
-            node = tree.node(leaf)
-            if leaf != below and node.candidates is not None and node.position < last_position:
-                yield leaf, node.choice
-
-    def rows(self, tree: TokenTree, below: int) -> list[int]:
-        """Leaves under a node that the next draft step should feed, the most likely branch first."""
-        last_position = self._last_position(tree, below)
-        leaves = ((leaf, tree.node(leaf)) for leaf in tree.leaves(below))
-        return [leaf for leaf, node in leaves if node.candidates is None and node.position <= last_position]
-
-    def _last_position(self, tree: TokenTree, below: int) -> int:
-        return tree.node(below).position + 1 + self._max_chunk
+        if not self._weighs_rows:
+            return len(values)
+        value = time = 0.0
+        for index, one in enumerate(values):
+            if index and one * time <= row_cost * value:
+                return index
+            value += one
+            time += row_cost if index else 1.0
+        return len(values)
 
     def wants_more(self, chunk: Chunk, *, hit: bool) -> bool:
         """Whether a request would wait for a longer chunk under the fixed rules (`go`, `wait:N`); `auto` always would."""

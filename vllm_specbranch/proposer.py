@@ -26,11 +26,12 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specbranch import messages
-from vllm_specbranch.config import MAX_AUTO_REPLY_TIMEOUT_MS, SpecBranchConfig
+from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds, is_sound
 from vllm_specbranch.draft_link import DraftLink
 from vllm_specbranch.draft_model import DraftModelSettings
 from vllm_specbranch.draft_sampling import seeded_key, unseeded_key
+from vllm_specbranch.engine_pace import EnginePace
 from vllm_specbranch.metrics import EngineCounters, rates
 from vllm_specbranch.placement import ServerProcess
 from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
@@ -39,12 +40,8 @@ from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
 
 logger = logging.getLogger("vllm.specbranch.proposer")
 
-# A reply is late when it takes as long as this many rounds; below the floor a timer tick or one prefill chunk would count as late.
-TIMEOUT_ROUNDS = 4.0
-MIN_AUTO_REPLY_TIMEOUT_MS = 10.0
 # The server stops waiting for its own draft steps in time for the reply to arrive before the timeout.
 WAIT_SHARE = 0.5
-ROUND_WEIGHT = 0.1
 STATUS_TIMEOUT_S = 2.0
 # Rows of one draft step: enough for a few branches of few requests, or for one branch of many.
 MIN_ROWS = 64
@@ -107,6 +104,12 @@ def most_top_m(config: SpecBranchConfig, max_num_seqs: int) -> int:
     return max(1, min(config.draft_top_m, fitting))
 
 
+def _num_decode_tokens(scheduled: SchedulerOutput) -> int:
+    """Tokens of a step that verifies and does nothing else; 0 for one with a prefill."""
+    num_verified = len(scheduled.num_scheduled_tokens) + sum(map(len, scheduled.scheduled_spec_decode_tokens.values()))
+    return num_verified if scheduled.total_num_scheduled_tokens == num_verified else 0
+
+
 class Proposer:
     """vLLM's custom proposer for `method: specbranch`.
 
@@ -144,8 +147,7 @@ class Proposer:
         self._num_requests = 0
         self._round = 0
         self._may_wait = False
-        self._round_s = 0.0
-        self._last_propose_s: float | None = None
+        self._pace = EnginePace(self._config.reply_timeout_ms)
 
     def _open_link(self, speculative: SpecBranchSpeculativeConfig, vocab_size: int, max_num_seqs: int) -> DraftLink:
         draft = speculative.draft
@@ -197,6 +199,7 @@ class Proposer:
         if self._link is None:
             return
         started_s = time.perf_counter()
+        self._pace.begin(started_s, _num_decode_tokens(scheduled))
         self._may_wait = ours is not None and not ours.num_waiting_requests
         self.scorer.check_origin()
         self._link.poll()
@@ -237,6 +240,7 @@ class Proposer:
         if self._link is None or self._runner is None:
             return nothing
         started_s = time.perf_counter()
+        self._pace.sampled(started_s)
         commits: list[messages.Commit] = []
         opens: list[messages.Open] = []
         self._expected = {}
@@ -259,7 +263,9 @@ class Proposer:
         if opens:
             self._send_step(opens, [])
         self._send_commits(commits)
-        self._observe_round(started_s)
+        finished_s = time.perf_counter()
+        self._pace.sent(finished_s)
+        self.counters.propose_s += finished_s - started_s
         return nothing
 
     @_survives(lambda: None)
@@ -268,10 +274,11 @@ class Proposer:
         if self._link is None or not self._expected:
             return None
         started_s = time.perf_counter()
+        self._pace.looked(started_s)
         if self._config.deterministic:
             reply = self._link.receive_patiently(self._round)
         else:
-            reply = self._link.receive(self._round, self._reply_timeout_ms())
+            reply = self._link.receive(self._round, self._pace.reply_timeout_ms)
         waited_s = time.perf_counter() - started_s
         self.counters.wait_s += waited_s
         self.counters.longest_wait_s = max(self.counters.longest_wait_s, waited_s)
@@ -371,26 +378,10 @@ class Proposer:
             return
         assert self._link is not None
         self._round += 1
-        max_wait_ms = WAIT_SHARE * self._reply_timeout_ms() if self._may_wait else 0.0
+        max_wait_ms = WAIT_SHARE * self._pace.reply_timeout_ms if self._may_wait else 0.0
         self.counters.num_commit_batches += 1
-        if not self._link.send(messages.CommitBatch(self._round, max_wait_ms, commits)):
+        if not self._link.send(messages.CommitBatch(self._round, max_wait_ms, commits, self._pace.message)):
             self._expected = {}
-
-    def _observe_round(self, started_s: float) -> None:
-        """Measure rounds that follow each other directly; a longer gap than the longest timeout is idle time or a prefill."""
-        if self._last_propose_s is not None:
-            round_s = started_s - self._last_propose_s
-            if round_s < 10 * MAX_AUTO_REPLY_TIMEOUT_MS / 1e3:
-                self._round_s += (ROUND_WEIGHT if self._round_s else 1.0) * (round_s - self._round_s)
-        self._last_propose_s = started_s
-        self.counters.propose_s += time.perf_counter() - started_s
-
-    def _reply_timeout_ms(self) -> float:
-        if self._config.reply_timeout_ms is not None:
-            return self._config.reply_timeout_ms
-        if not self._round_s:
-            return MAX_AUTO_REPLY_TIMEOUT_MS
-        return min(MAX_AUTO_REPLY_TIMEOUT_MS, max(MIN_AUTO_REPLY_TIMEOUT_MS, 1e3 * TIMEOUT_ROUNDS * self._round_s))
 
     def status(self) -> dict[str, Any]:
         """Counters of both sides and the rates made from them; plain values only. Asks the draft server, so it takes a while."""
@@ -411,5 +402,5 @@ class Proposer:
             "num_blocks": server.num_blocks if server else None,
             "is_up": self._link is not None and self._link.is_up,
             "server_pid": self._link.server_pid if self._link else None,
-            "round_s": self._round_s,
+            "round_s": self._pace.round_s,
         }

@@ -20,6 +20,8 @@ _PREFIX_MODULUS = 2**61 - 1
 _PREFIX_BASE = 1_000_003 * 998_244_353
 _PREFIX_INVERSE = pow(_PREFIX_BASE, -1, _PREFIX_MODULUS)
 
+NO_LIMIT = 2**62
+
 
 def extend_prefix(prefix: int, token: int) -> int:
     """The hash of a sequence of tokens, 0 for none, from that of all but the last; below 2**61."""
@@ -56,7 +58,7 @@ class Candidates:
 
 @dataclass(slots=True)
 class Node:
-    """One token of the tree. Callers set the last three; everything else is changed by `TokenTree` alone.
+    """One token of the tree. Callers set what comes after `children`; everything else is changed by `TokenTree` alone.
 
     Attributes:
         node_id: the tree's name for this node; never reused within a tree.
@@ -69,6 +71,10 @@ class Node:
         choice: the token that drafting goes on with: the most likely one, or for a sampled request the one drawn. It depends on
             the tokens up to this node only; -1 until the node has been fed.
         score: what the stop rule compares with its threshold, 0..1.
+        accepted: estimated chance that the target says `choice` after this node, 0..1.
+        value: estimated chance that the target's tokens come by this node, 0..1.
+        survival: of that, the part below the outcome that this node was drafted for.
+        deepest: no token is drafted below this node beyond this position.
     """
 
     node_id: int
@@ -80,6 +86,10 @@ class Node:
     candidates: Candidates | None = None
     choice: int = -1
     score: float = 1.0
+    accepted: float = 1.0
+    value: float = 1.0
+    survival: float = 1.0
+    deepest: int = NO_LIMIT
 
 
 @dataclass(frozen=True, slots=True)

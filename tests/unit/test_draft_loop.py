@@ -66,7 +66,7 @@ def test_a_reply_does_not_wait_for_the_forward_under_way(ends: tuple[ClientChann
     assert isinstance(client.recv(TIMEOUT_MS), messages.Ready)
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
     assert model.begun.acquire(timeout=TIMEOUT_MS / 1e3)
-    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4], 0)]))
+    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4], 0)], None))
     reply = client.recv(TIMEOUT_MS)
     assert isinstance(reply, messages.DraftBatch)
     assert (reply.round, reply.drafts[0].position) == (1, 4)
@@ -91,7 +91,7 @@ def test_drafting_goes_on_between_messages_and_is_found_at_the_next_commit(
         time.sleep(0.001)
     context = [1, 2, 3]
     first = model.chain(context, 1, 8)
-    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, first, 0)]))
+    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, first, 0)], None))
     reply = client.recv(TIMEOUT_MS)
     assert isinstance(reply, messages.DraftBatch)
     (draft,) = reply.drafts

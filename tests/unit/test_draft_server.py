@@ -14,9 +14,10 @@ from vllm_specbranch.errors import WireError
 from vllm_specbranch.transport import memory_pair
 
 
-@pytest.mark.parametrize("policy", ["pearl", "specbranch"])
+@pytest.mark.parametrize("policy", ["pearl", "specbranch", "fanout", "best_first"])
 def test_an_accepted_chunk_with_the_expected_bonus_token_is_a_hit(policy: str) -> None:
     engine = make_engine(policy=policy)
+    engine.model.confidences = (0.8, 0.95)
     engine.open("a", [1, 2, 3, 4, 5])
     engine.run(100)
     engine.commit({"a": engine.follow("a", 0)})
@@ -84,7 +85,7 @@ def test_a_gap_makes_the_request_unknown_and_frees_it() -> None:
     engine = make_engine()
     engine.open("a", [1, 2, 3])
     engine.run(10)
-    replies = engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 5, [1], 0)]))
+    replies = engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 5, [1], 0)], None))
     assert replies == [(PEER, messages.DraftBatch(1, True, [], ["a"]))]
     assert engine.server.kv.num_held == 0
     engine.server.check_integrity()
@@ -110,7 +111,7 @@ def test_a_refused_message_opens_and_commits_nothing_but_closes_what_has_ended()
     engine.run(10)
     held = engine.server.kv.num_held
     with pytest.raises(WireError, match="outside the vocabulary"):
-        engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [50], 0)]))
+        engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [50], 0)], None))
     assert engine.server.kv.num_held == held
     with pytest.raises(WireError, match="outside the vocabulary"):
         engine.server.handle(PEER, messages.StepBegin([messages.Open("b", [999], None)], ["a"]))
@@ -180,7 +181,7 @@ def test_serve_answers_until_told_to_stop_and_survives_a_refused_message() -> No
     client.send(messages.Hello("s", 50, 500))
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
     client.send(messages.StepBegin([messages.Open("b", [999], None)], []))
-    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4], 0)]))
+    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4], 0)], None))
     client.send(messages.Shutdown())
     serve(engine.server, endpoint)
     replies = [client.recv(0.0) for _ in range(3)]
@@ -191,7 +192,7 @@ def test_serve_answers_until_told_to_stop_and_survives_a_refused_message() -> No
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
-    policy=st.sampled_from(["pearl", "specbranch"]),
+    policy=st.sampled_from(["pearl", "specbranch", "fanout", "best_first"]),
     on_miss=st.sampled_from(["auto", "go", "wait:2"]),
     num_blocks=st.sampled_from([12, 24, 60, 400]),
     gamma=st.integers(1, 6),
@@ -298,3 +299,44 @@ def test_narrowing_keeps_the_chunk() -> None:
     request.narrow()
     assert list(root.children) == [root.choice]
     engine.server.check_integrity()
+
+
+@pytest.mark.parametrize("policy", ["fanout", "best_first"])
+def test_a_likely_rejection_inside_the_chunk_is_a_hit(policy: str) -> None:
+    hits = 0
+    engine = make_engine(policy=policy, on_miss="go", max_branches=32)
+    engine.model.confidences = (0.4,)
+    engine.open("a", [1, 2, 3])
+    engine.run(100)
+    engine.commit({"a": engine.follow("a", 0)})
+    for _ in range(12):
+        engine.run(100)
+        draft = engine.drafts["a"]
+        assert len(draft) >= 2, "what was drafted ahead is submitted"
+        second = engine.model.predict([*engine.sequences["a"], draft[0]], engine.top_k).token_ids[1]
+        engine.commit({"a": engine.follow("a", 1, second)})
+        hits += engine.hits["a"]
+    assert hits == 12
+
+
+def test_a_price_above_all_worth_ends_drafting_and_scouts_go_on() -> None:
+    """Where verification costs more than it can gain, nothing is submitted, awaited or drafted, but for a scout now and then."""
+    engine = make_engine(policy="best_first")
+    for name in ("a", "b"):
+        engine.open(name, [1, 2, 3])
+    engine.run(100)
+    # A token more makes a round longer by 8 ms, in which the batch commits more than one token anyway.
+    for index in range(60):
+        pace = messages.Pace(2 + index % 3, 1e3 * (2.0 + 8.0 * (index % 3)), 0.0)
+        engine.commit({name: engine.follow(name, 0) for name in ("a", "b")}, pace=pace, round_s=0.01)
+        engine.run(20)
+    assert next(iter(engine.server._peers.values())).price > 1.0
+    submitted, steps = [], []
+    for _ in range(256):
+        before = engine.server.counters.num_steps
+        engine.commit({name: engine.follow(name, 0) for name in ("a", "b")}, pace=pace, round_s=0.01)
+        engine.run(20)
+        steps.append(engine.server.counters.num_steps > before)
+        submitted.append(sum(bool(draft) for draft in engine.drafts.values()))
+    assert 0 < sum(submitted) <= 2 * 8
+    assert sum(steps) <= 2 * 9

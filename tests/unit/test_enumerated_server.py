@@ -32,6 +32,8 @@ CONFIDENT: Mapping[str, object] = {"max_branches": 4, "stop_threshold": 0.6}
 ADAEDL: Mapping[str, object] = {"max_branches": 8, "stop_rule": "adaedl", "stop_threshold": 0.7}
 PATIENT: Mapping[str, object] = {**CONFIDENT, "on_miss": "wait:3"}
 HASTY: Mapping[str, object] = {**CONFIDENT, "on_miss": "go"}
+FANOUT: Mapping[str, object] = {"policy": "fanout", "max_branches": 8}
+BEST_FIRST: Mapping[str, object] = {"policy": "best_first", "max_branches": 8}
 DETERMINISTIC: Mapping[str, object] = {**CONFIDENT, "deterministic": True}
 
 SHORT = Rules(horizon=3, gamma=2, top_m=2)
@@ -84,6 +86,30 @@ CASES = {
     "deterministic, pearl": Case(Serving(LONG, {**PEARL, "deterministic": True})),
     "deterministic, three tokens": Case(Serving(replace(SHORT, top_m=3), DETERMINISTIC), ("num_forks",), vocab_size=3),
     "deterministic, free steps vary": Case(Serving(SHORT, DETERMINISTIC, free_steps=TWO_OR_NONE)),
+    "fanout": Case(Serving(SHORT, FANOUT), ("2 draft tokens", "num_forks", "num_hits")),
+    "fanout, chunks of 3": Case(Serving(LONG, FANOUT), ("3 draft tokens", "num_forks"), seed=1),
+    "fanout, deterministic": Case(Serving(SHORT, {**FANOUT, "deterministic": True}), ("num_forks",)),
+    "best first": Case(Serving(SHORT, BEST_FIRST), ("2 draft tokens", "num_forks", "num_hits")),
+    "best first, chunks of 3": Case(Serving(LONG, BEST_FIRST), ("3 draft tokens", "num_forks"), seed=2),
+    "best first, three tokens": Case(Serving(SHORT, BEST_FIRST), ("num_forks",), vocab_size=3),
+    "best first, free steps vary": Case(Serving(SHORT, BEST_FIRST, free_steps=TWO_OR_NONE), ("2 draft tokens",)),
+    "best first, misses wait": Case(
+        Serving(SHORT, {**BEST_FIRST, "on_miss": "wait:3"}, patience=SOME_STEPS), LATE, seed=1
+    ),
+    "best first, lost replies": Case(Serving(replace(SHORT, lost_replies=0.4), BEST_FIRST), ("2 draft tokens",)),
+    "best first, evicted": Case(
+        Serving(LONG, {**BEST_FIRST, "on_miss": "wait:3"}, num_blocks=4, block_size=1), EVICTED
+    ),
+    "best first, deterministic": Case(Serving(LONG, {**BEST_FIRST, "deterministic": True}), ("3 draft tokens",)),
+    "best first, two requests": Case(
+        Serving(replace(SHORT, horizon=2), BEST_FIRST, num_requests=2, limits=Limits(3)), ("num_forks",)
+    ),
+    "a forward under way": Case(Serving(SHORT, PATIENT, in_flight=True), ("2 draft tokens", "num_hits")),
+    "a forward under way, best first": Case(
+        Serving(LONG, BEST_FIRST, in_flight=True, free_steps=TWO_OR_NONE), ("3 draft tokens", "num_hits"), seed=2
+    ),
+    "a forward under way, late replies": Case(Serving(SHORT, PATIENT, in_flight=True, patience=SOME_STEPS), LATE),
+    "a forward under way, evicted": Case(Serving(LONG, PATIENT, num_blocks=4, block_size=1, in_flight=True), EVICTED),
     "lost replies": Case(Serving(replace(SHORT, lost_replies=0.4), CONFIDENT), ("2 draft tokens",)),
     "lost replies, chunks of 3": Case(Serving(replace(LONG, lost_replies=0.4), HASTY), seed=2),
     "lost replies, deterministic": Case(Serving(replace(LONG, lost_replies=0.4), DETERMINISTIC), ("3 draft tokens",)),
@@ -127,10 +153,36 @@ def test_output_has_the_targets_distribution(name: str) -> None:
     assert not missing, f"on none of {result.num_paths} paths: {missing}"
 
 
+@pytest.mark.parametrize("settings", [BEST_FIRST, CONFIDENT], ids=["best_first", "specbranch"])
+@pytest.mark.parametrize("token_us", [1.0, 30.0])
+def test_a_price_of_verification_looks_at_no_drawn_token(
+    settings: Mapping[str, object], token_us: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks are cut by measured times and by learned rates, both of which follow from what was drafted before."""
+    monkeypatch.setattr("vllm_specbranch.costs.MIN_WEIGHT", 1.0)
+    monkeypatch.setattr("vllm_specbranch.costs.MIN_VARIANCE", 0.0)
+    prices = []
+    right = DraftServer._prices
+
+    def observed(self: DraftServer, *args: object) -> list[float]:
+        prices.append(right(self, *args)[0])  # type: ignore[arg-type]
+        return [prices[-1]]
+
+    # The scouts of a young engine pay no price.
+    monkeypatch.setattr("vllm_specbranch.draft_server.SCOUT_ROUNDS", 0)
+    monkeypatch.setattr(DraftServer, "_prices", observed)
+    result = run(Case(Serving(replace(LONG, horizon=5), settings, round_us=(20.0, token_us)), seed=2))
+    assert result.difference < EXACT
+    assert len({round(price, 3) for price in prices}) > 3
+    assert any(0.0 < price < 1.0 for price in prices) if token_us < 2.0 else any(price > 1.0 for price in prices)
+
+
 # Breaks of the real code. Each takes the place of one method of the draft server.
 
 
-def with_a_number_per_position(self: DraftRequest, leaf: int, candidates: Candidates, score: float) -> None:
+def with_a_number_per_position(
+    self: DraftRequest, leaf: int, candidates: Candidates, score: float, accepted: float
+) -> None:
     """`DraftRequest.fed` for a stream that all chains share.
 
     An eviction costs the request its KV, and no chunk waits for so long a prefill. Whether the losing chain grew until the request
@@ -138,23 +190,27 @@ def with_a_number_per_position(self: DraftRequest, leaf: int, candidates: Candid
     """
     assert self.sampling is not None
     node = self.tree.node(leaf)
-    node.candidates, node.score = candidates, score
+    node.candidates, node.score, node.accepted = candidates, score, accepted
     node.choice = candidates.token_ids[draw(candidates.probs, self._random_number(self.sampling.key, node.position))]
 
 
-def with_the_likelier_of_two(self: DraftRequest, leaf: int, candidates: Candidates, score: float) -> None:
+def with_the_likelier_of_two(
+    self: DraftRequest, leaf: int, candidates: Candidates, score: float, accepted: float
+) -> None:
     """`DraftRequest.fed` that draws twice (rule 3)."""
     assert self.sampling is not None
     node = self.tree.node(leaf)
-    node.candidates, node.score = candidates, score
+    node.candidates, node.score, node.accepted = candidates, score, accepted
     numbers = (self._random_number(self.sampling.key + stream, node.prefix) for stream in (0, 1))
     # The candidates are in the order of their probabilities.
     node.choice = candidates.token_ids[min(draw(candidates.probs, number) for number in numbers)]
 
 
-def with_the_score_of_the_choice(self: DraftRequest, leaf: int, candidates: Candidates, score: float) -> None:
+def with_the_score_of_the_choice(
+    self: DraftRequest, leaf: int, candidates: Candidates, score: float, accepted: float
+) -> None:
     """`DraftRequest.fed` whose stop rule looks at the drawn token's probability (rule 2)."""
-    RIGHT_FED(self, leaf, candidates, score)
+    RIGHT_FED(self, leaf, candidates, score, accepted)
     node = self.tree.node(leaf)
     node.score = candidates.probs[candidates.token_ids.index(node.choice)]
 
@@ -196,9 +252,9 @@ def unless_there_are_branches(self: DraftServer, request: DraftRequest) -> Chunk
 RIGHT_OPEN_CHUNK = DraftServer._open_chunk
 
 
-def best_of_all_lengths(self: Planner, tree: TokenTree) -> Chunk:
+def best_of_all_lengths(self: Planner, tree: TokenTree, price: float = 0.0) -> Chunk:
     """`Planner.chunk` that ends before the least likely token of a chunk that is complete (rule 2)."""
-    chunk = RIGHT_CHUNK(self, tree)
+    chunk = RIGHT_CHUNK(self, tree, price)
     if not chunk.is_complete or chunk.num_tokens < 2:
         return chunk
     parents = [tree.root, *tree.path(chunk.end)[:-1]]

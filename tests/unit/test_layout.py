@@ -37,9 +37,12 @@ ANYTHING = room("*", "*")
 # Rooms without torch and vllm are pure or thin: they must stay importable in milliseconds and drivable in memory.
 ROOMS = {
     "__init__": room(),
+    "acceptance": room("token_tree"),
+    "branching": room("acceptance config token_tree"),
     "cli": ANYTHING,
     "compare": room("", "torch transformers"),
     "config": room("errors"),
+    "costs": room(),
     "deepen": room("errors made_models", "torch transformers"),
     "demo": ANYTHING,
     "doctor": ANYTHING,
@@ -52,8 +55,9 @@ ROOMS = {
         "config draft_deterministic draft_loop draft_model draft_sampling draft_server draft_steps draft_work errors kv_blocks "
         "placement planner transport"
     ),
+    "draft_memory": room("draft_model draft_steps kv_blocks token_tree", "numpy"),
     "draft_model": room("draft_runtime errors kv_blocks messages token_tree", "numpy torch vllm"),
-    "draft_peers": room(),
+    "draft_peers": room("costs messages"),
     "draft_pressure": room("draft_request metrics"),
     "draft_request": room("draft_sampling errors kv_blocks messages planner token_tree"),
     "draft_runtime": room("draft_model errors kv_blocks messages", "numpy psutil torch vllm"),
@@ -62,8 +66,9 @@ ROOMS = {
     "draft_steps": room(
         "draft_model draft_pressure draft_request draft_sampling draft_work errors kv_blocks metrics planner token_tree"
     ),
-    "draft_work": room("draft_peers draft_request"),
+    "draft_work": room("costs draft_peers draft_request"),
     "emulation": room("measure_messages"),
+    "engine_pace": room("config messages"),
     "errors": room(),
     "kv_blocks": room("errors"),
     "length_head": room("errors", "numpy safetensors torch"),
@@ -78,15 +83,23 @@ ROOMS = {
     "observed_engine": room("emulation errors measure_messages placement"),
     "patching": room("errors"),
     "placement": room("config draft_model errors", "msgspec psutil ray"),
-    "planner": room("config errors token_tree"),
+    "planner": room("acceptance branching config errors token_tree"),
     "plugin": room("errors patches patching", "vllm"),
     "prompts": room("errors"),
     "proposer": room(
-        "config draft_distributions draft_link draft_model draft_sampling errors length_head messages metrics placement "
-        "scheduler scorer speculative_config transport",
+        "config draft_distributions draft_link draft_model draft_sampling engine_pace errors length_head messages metrics "
+        "placement scheduler scorer speculative_config transport",
         "numpy torch vllm",
     ),
     "provenance": room("", "psutil"),
+    "replay": room(
+        "config draft_main draft_model draft_server draft_steps draft_work engine_pace errors kv_blocks messages token_tree"
+    ),
+    "replay_bounds": room("draft_model draft_steps kv_blocks replay"),
+    "replay_study": room(
+        "config draft_memory draft_model draft_steps draft_work kv_blocks measure_messages replay replay_bounds",
+        "torch",
+    ),
     "report": room("measure_messages metrics"),
     "scheduler": room("config draft_distributions errors metrics", "vllm"),
     "scorer": room("draft_distributions errors metrics", "numpy torch vllm"),

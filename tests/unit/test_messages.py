@@ -20,6 +20,7 @@ from vllm_specbranch.messages import (
     Hello,
     Message,
     Open,
+    Pace,
     Ready,
     Sampling,
     Shutdown,
@@ -36,7 +37,7 @@ VERSION = bytes([messages.PROTOCOL_VERSION])
 TO_SERVER: list[Message] = [
     Hello("session", 151936, 4096),
     StepBegin([Open("a", [1, 2, 70000], Sampling(0.5, 64, 12345))], ["b"]),
-    CommitBatch(7, 2.5, [Commit("a", 12, [5, 6], 3)]),
+    CommitBatch(7, 2.5, [Commit("a", 12, [5, 6], 3)], Pace(9, 20000.5, 100.0)),
     StatusQuery(3),
     Shutdown(),
 ]
@@ -98,9 +99,9 @@ def test_server_messages_survive(message: Message) -> None:
 
 def test_layout_on_the_wire_is_fixed() -> None:
     """A change here needs a new PROTOCOL_VERSION."""
-    assert messages.PROTOCOL_VERSION == 1
-    assert encode(StatusQuery(3)) == b"\x01\x92\xabStatusQuery\x03"
-    assert plain(TO_SERVER[2]) == ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [5, 6], 3]]]
+    assert messages.PROTOCOL_VERSION == 2
+    assert encode(StatusQuery(3)) == b"\x02\x92\xabStatusQuery\x03"
+    assert plain(TO_SERVER[2]) == ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [5, 6], 3]], ["Pace", 9, 20000.5, 100.0]]
     assert plain(TO_ENGINE[1]) == ["DraftBatch", 7, True, [["Draft", "a", 14, [8, 9], True, b"qids", b"qpro"]], ["b"]]
 
 
@@ -121,7 +122,7 @@ def test_empty_is_refused(decode: Decode) -> None:
 
 
 @each_message
-@pytest.mark.parametrize("version", [0, 2, 255])
+@pytest.mark.parametrize("version", [0, 1, 255])
 def test_other_version_is_refused_and_both_are_named(message: Message, decode: Decode, version: int) -> None:
     with pytest.raises(WireError, match=rf"version {version}; this side speaks {messages.PROTOCOL_VERSION}"):
         decode(bytes([version]) + encode(message)[1:])
@@ -212,8 +213,8 @@ def test_wrong_types_are_refused(message: Message, decode: Decode) -> None:
             for wrong in (None, True, 1, 1.5, "x", b"x", [None], {"x": None}, [["x"]]):
                 if type(wrong) is type(struct[entry]) or (type(struct[entry]), wrong) == (float, 1):
                     continue  # A whole number is a fine duration.
-                if wrong is None and isinstance(struct[entry], list) and struct[entry][:1] == ["Sampling"]:
-                    continue  # A request without sampling is drafted for greedily.
+                if wrong is None and isinstance(struct[entry], list) and struct[entry][:1] in (["Sampling"], ["Pace"]):
+                    continue  # A request without sampling is drafted for greedily; a prefill step has no pace.
                 spoilt = plain(message)
                 structs_in(spoilt)[index][entry] = wrong
                 refused(decode, spoilt)
@@ -222,7 +223,7 @@ def test_wrong_types_are_refused(message: Message, decode: Decode) -> None:
 @pytest.mark.parametrize("wrong", [None, True, 1.0, "1", -1, 2**31, [1]])
 def test_wrong_tokens_are_refused(wrong: object) -> None:
     refused(decode_for_server, ["StepBegin", [["Open", "a", [1, wrong], None]], []])
-    refused(decode_for_server, ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [wrong]]]])
+    refused(decode_for_server, ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [wrong]]], None])
     refused(decode_for_engine, ["DraftBatch", 7, [["Draft", "a", 12, [wrong, 2], True]], []])
 
 
@@ -232,15 +233,15 @@ def test_wrong_tokens_are_refused(wrong: object) -> None:
 @pytest.mark.parametrize(
     ("decode", "value"),
     [
-        (decode_for_server, ["CommitBatch", -1, 2.5, []]),
-        (decode_for_server, ["CommitBatch", 2**63, 2.5, []]),
-        (decode_for_server, ["CommitBatch", 1, -0.5, []]),
-        (decode_for_server, ["CommitBatch", 1, 60_000.5, []]),
-        (decode_for_server, ["CommitBatch", 1, float("nan"), []]),
-        (decode_for_server, ["CommitBatch", 1, float("inf"), []]),
-        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", -1, [1]]]]),
-        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 2**31, [1]]]]),
-        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 1, []]]]),
+        (decode_for_server, ["CommitBatch", -1, 2.5, [], None]),
+        (decode_for_server, ["CommitBatch", 2**63, 2.5, [], None]),
+        (decode_for_server, ["CommitBatch", 1, -0.5, [], None]),
+        (decode_for_server, ["CommitBatch", 1, 60_000.5, [], None]),
+        (decode_for_server, ["CommitBatch", 1, float("nan"), [], None]),
+        (decode_for_server, ["CommitBatch", 1, float("inf"), [], None]),
+        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", -1, [1]]], None]),
+        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 2**31, [1]]], None]),
+        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 1, []]], None]),
         (decode_for_server, ["StepBegin", [["Open", "a", [], None]], []]),
         (decode_for_server, ["Hello", "s", 0, 1]),
         (decode_for_server, ["Hello", "s", 1, 0]),
@@ -274,7 +275,7 @@ def test_id_length_limit_is_exact() -> None:
         (lambda name: Hello(name, 1, 1), decode_for_server),
         (lambda name: StepBegin([Open(name, [1], None)], []), decode_for_server),
         (lambda name: StepBegin([], [name]), decode_for_server),
-        (lambda name: CommitBatch(1, 2.5, [Commit(name, 1, [1], 3)]), decode_for_server),
+        (lambda name: CommitBatch(1, 2.5, [Commit(name, 1, [1], 3)], None), decode_for_server),
         (lambda name: Ready(name, 1, 1, 1), decode_for_engine),
         (lambda name: DraftBatch(1, True, [Draft(name, 1, [1], True, b"", b"")], []), decode_for_engine),
         (lambda name: DraftBatch(1, True, [], [name]), decode_for_engine),
@@ -289,7 +290,7 @@ def test_list_length_limit_is_exact() -> None:
     for make, decode in (
         (lambda n: StepBegin([Open("a", [1], None)] * n, []), decode_for_server),
         (lambda n: StepBegin([], ["a"] * n), decode_for_server),
-        (lambda n: CommitBatch(1, 2.5, [Commit("a", 1, [1], 3)] * n), decode_for_server),
+        (lambda n: CommitBatch(1, 2.5, [Commit("a", 1, [1], 3)] * n, None), decode_for_server),
         (lambda n: DraftBatch(1, True, [Draft("a", 1, [1], True, b"", b"")] * n, []), decode_for_engine),
         (lambda n: DraftBatch(1, True, [], ["a"] * n), decode_for_engine),
     ):

@@ -19,7 +19,14 @@ def planner(**keys: object) -> Planner:
 def feed(tree: TokenTree, node_id: int, ids: tuple[int, ...], probs: tuple[float, ...], choice: int = 0) -> None:
     """What `DraftRequest.fed` does, with the `confidence` rule."""
     node = tree.node(node_id)
-    node.candidates, node.choice, node.score = Candidates(ids, probs), ids[choice], probs[0]
+    node.candidates, node.choice, node.score, node.accepted = Candidates(ids, probs), ids[choice], probs[0], probs[0]
+
+
+def forked(rule: Planner, tree: TokenTree, end: int, most: int | None = None) -> list[int]:
+    """Tokens that are forked where all forks are at the end of the chunk."""
+    forks = rule.branching.forks(tree, end, is_sampled=False, most=most)
+    assert {fork.node_id for fork in forks} <= {end}
+    return [fork.token for fork in forks]
 
 
 def chain(confidences: Sequence[float], tail: int = 1) -> TokenTree:
@@ -62,8 +69,8 @@ def test_pearl_submits_all_up_to_the_limit_and_keeps_one_branch() -> None:
     chunk = pearl.chunk(tree)
     assert tokens(tree, chunk) == [10, 11, 12, 13]
     assert pearl.num_candidates == 1
-    assert pearl.num_branches(0.0) == 1
-    assert pearl.forks(tree, chunk.end) == []
+    assert pearl.branching.num_branches(0.0) == 1
+    assert forked(pearl, tree, chunk.end) == []
 
 
 def test_whether_a_token_enters_does_not_depend_on_the_token() -> None:
@@ -80,26 +87,29 @@ def test_whether_a_token_enters_does_not_depend_on_the_token() -> None:
 
 @pytest.mark.parametrize(("confidence", "expected"), [(1.0, 1), (0.9, 1), (0.75, 2), (0.5, 4), (0.3, 5), (0.0, 8)])
 def test_branch_count_falls_with_confidence(confidence: float, expected: int) -> None:
-    assert planner(max_branches=8).num_branches(confidence) == expected
+    assert planner(max_branches=8).branching.num_branches(confidence) == expected
 
 
 def test_forks_are_the_candidates_that_are_not_there_yet() -> None:
     tree = chain([0.2], tail=1)
-    assert planner(max_branches=3).forks(tree, tree.root) == [30]
+    assert forked(planner(max_branches=3), tree, tree.root) == [30]
     tree.extend(tree.root, 30)
-    assert planner(max_branches=3).forks(tree, tree.root) == []
-    assert planner(max_branches=3).forks(tree, tree.leaves()[0]) == [], "an unfed node has no candidates yet"
+    assert forked(planner(max_branches=3), tree, tree.root) == []
+    assert forked(planner(max_branches=3), tree, tree.leaves()[0]) == [], "an unfed node has no candidates yet"
 
 
 def test_branches_grow_until_a_full_chunk_is_ready_below_their_first_token() -> None:
     rule = planner(num_speculative_tokens=2)
+    branching = rule.branching
     tree = chain([0.9, 0.9, 0.9], tail=1)
-    assert rule.rows(tree, tree.root) == tree.leaves(), "depth 3: the candidate and two tokens below it are drafted"
+    branching.revalue(tree, tree.root, is_sampled=False)
+    assert [leaf for _, leaf in rule.rows(tree)] == tree.leaves(), "depth 3: the candidate and two tokens below it"
     leaf = tree.leaves()[0]
     feed(tree, leaf, (40,), (0.9,))
-    assert list(rule.extensions(tree, tree.root)) == []
-    assert rule.rows(tree, tree.root) == []
-    assert list(rule.extensions(tree, tree.path(leaf)[0])) == [(leaf, 40)], "after a commit there is room again"
+    assert branching.extensions(tree, tree.root) == []
+    assert rule.rows(tree) == []
+    branching.revalue(tree, tree.path(leaf)[0], is_sampled=False)
+    assert branching.extensions(tree, tree.path(leaf)[0]) == [(leaf, 40)], "after a commit there is room again"
 
 
 def test_fixed_miss_rules() -> None:
@@ -146,12 +156,12 @@ def test_branches_are_the_best_candidates_not_what_was_drawn() -> None:
     tree = TokenTree([7])
     feed(tree, tree.root, (10, 30, 50), (0.4, 0.35, 0.25), choice=2)
     rule = planner(max_branches=4)
-    assert rule.forks(tree, tree.root) == [10, 30]
-    assert rule.forks(tree, tree.root, most=1) == [10]
-    assert list(rule.extensions(tree, tree.root)) == [], "at the branch point itself nothing is drawn"
+    assert forked(rule, tree, tree.root) == [10, 30]
+    assert forked(rule, tree, tree.root, most=1) == [10]
+    assert rule.branching.extensions(tree, tree.root) == [], "at the branch point itself nothing is drawn"
     leaf = tree.extend(tree.root, 10)
     feed(tree, leaf, (11, 31), (0.9, 0.1), choice=1)
-    assert list(rule.extensions(tree, tree.root)) == [(leaf, 31)], "below it the choice goes on"
+    assert rule.branching.extensions(tree, tree.root) == [(leaf, 31)], "below it the choice goes on"
 
 
 def test_a_chunk_follows_what_was_drawn() -> None:
@@ -193,3 +203,31 @@ def test_without_time_a_miss_waits_for_a_fixed_number_of_tokens() -> None:
     assert lengths == [0, 1, 2, 3]
     assert not rule.wants_more(Chunk(0, 0, False, 1.0), hit=True)
     assert rule.worth_waiting([Chunk(0, 0, False, 1e-9)], WaitCosts(1e9, 1e-9, 0.0, 100)), "whatever it costs"
+
+
+@pytest.mark.parametrize(
+    ("price", "expected"),
+    [(0.0, [10, 11, 12]), (0.4, [10, 11, 12]), (0.5, [10, 11]), (0.7, [10]), (0.95, []), (1.5, [])],
+)
+def test_a_chunk_ends_where_a_token_is_not_worth_its_verification(price: float, expected: list[int]) -> None:
+    """Forward, rule 2: what counts is the chance before a token is drawn that it and all before it are accepted."""
+    tree = chain([0.9, 0.7, 0.7])
+    chunk = planner(stop_rule="none").chunk(tree, price)
+    assert tokens(tree, chunk) == expected
+    assert chunk.is_complete == (price >= 0.5)
+
+
+def test_nothing_is_awaited_for_a_chunk_that_would_stay_empty() -> None:
+    assert planner().chunk(TokenTree([7]), price=1.0).is_complete
+    assert not planner().chunk(TokenTree([7]), price=0.9).is_complete
+
+
+@given(st.lists(st.floats(0.001, 1.0), min_size=1, max_size=40), st.floats(0.0, 0.5))
+def test_rows_are_taken_while_they_raise_the_value_per_time(values: list[float], row_cost: float) -> None:
+    values.sort(reverse=True)
+    count = planner(policy="best_first").num_rows(values, row_cost)
+    rates = [sum(values[:n]) / (1.0 + row_cost * (n - 1)) for n in range(1, len(values) + 1)]
+    assert rates[count - 1] == pytest.approx(max(rates))
+    for policy in ("pearl", "specbranch", "fanout"):
+        assert planner(policy=policy).num_rows(values, row_cost) == len(values)
+    assert planner(policy="best_first", deterministic=True).num_rows(values, row_cost) == len(values), "no times"

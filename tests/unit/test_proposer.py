@@ -266,14 +266,6 @@ def test_large_histories_travel_in_several_messages(bench: Bench, monkeypatch: p
     assert names == [f"r{number}" for number in range(7)]
 
 
-def test_the_reply_timeout_follows_the_measured_rounds_within_its_bounds(bench: Bench) -> None:
-    seen = []
-    for round_s in (0.0, 0.001, 0.008, 1.0):
-        bench.proposer._round_s = round_s
-        seen.append(bench.proposer._reply_timeout_ms())
-    assert seen == [50.0, 10.0, 32.0, 50.0]
-
-
 @pytest.mark.parametrize("step", ["begin", "propose", "take"])
 def test_a_failure_of_ours_ends_drafting_not_the_engine(
     bench: Bench, step: str, caplog: pytest.LogCaptureFixture

@@ -152,7 +152,7 @@ def test_messages_go_both_ways_in_order(pair: Pair) -> None:
     peer = introduce(client, server)
     sent = [
         StepBegin([Open("a", [1, 2], None)], ["b"]),
-        CommitBatch(1, 2.5, [Commit("a", 2, [3], 3)]),
+        CommitBatch(1, 2.5, [Commit("a", 2, [3], 3)], None),
         StatusQuery(1),
         Shutdown(),
     ]

@@ -1,0 +1,57 @@
+"""Lines through measured times."""
+
+import random
+
+import pytest
+
+from vllm_specbranch.costs import LinearCost
+
+
+def test_a_line_is_found_through_noise() -> None:
+    rng = random.Random(0)
+    cost = LinearCost()
+    for _ in range(500):
+        amount = rng.randrange(1, 20)
+        cost.observe(amount, 0.004 + 0.0002 * amount + rng.uniform(-0.0005, 0.0005))
+    assert cost.slope_s == pytest.approx(0.0002, rel=0.2)
+    assert cost.estimate_s(1) == pytest.approx(0.0042, rel=0.05)
+    assert cost.relative_slope == pytest.approx(0.0002 / 0.0042, rel=0.25)
+
+
+def test_a_change_is_followed() -> None:
+    cost = LinearCost()
+    for slope in (0.001, 0.0001):
+        for index in range(1000):
+            cost.observe(index % 10, 0.005 + slope * (index % 10))
+    assert cost.slope_s == pytest.approx(0.0001, rel=0.1)
+
+
+def test_equal_amounts_say_nothing_and_forget_nothing() -> None:
+    cost = LinearCost()
+    for _ in range(100):
+        cost.observe(4, 0.005)
+    assert cost.slope_s == 0.0
+    for index in range(400):
+        cost.observe(index % 4, 0.001 * (index % 4) + 0.002)
+    known = cost.slope_s
+    for _ in range(2000):
+        cost.observe(2, 0.004)
+    assert known == pytest.approx(0.001, rel=0.05)
+    assert cost.slope_s == pytest.approx(known, rel=0.3)
+
+
+def test_more_is_never_cheaper_and_nothing_is_not_negative() -> None:
+    cost = LinearCost()
+    for index in range(100):
+        cost.observe(index % 10, 0.010 - 0.001 * (index % 10))
+    assert cost.slope_s == 0.0
+    assert LinearCost().relative_slope == 0.0
+    assert LinearCost().estimate_s(3) == 0.0
+
+
+def test_a_pause_of_the_machine_is_no_cost() -> None:
+    cost = LinearCost()
+    for index in range(200):
+        cost.observe(index % 10, 0.005)
+    cost.observe(9, 1.0)
+    assert cost.slope_s < 1e-4

@@ -1,0 +1,53 @@
+"""What one more of something costs: a line through measured (amount, time) pairs, old ones fading.
+
+Pure arithmetic. Draft server process.
+"""
+
+from dataclasses import dataclass
+
+FADING = 0.99
+# With less spread of the amounts than this, measured times say nothing about the slope.
+MIN_VARIANCE = 0.25
+MIN_WEIGHT = 8.0
+
+
+@dataclass(slots=True)
+class LinearCost:
+    """time = base + slope x amount, by least squares over fading pairs; the slope is never below 0.
+
+    Attributes:
+        slope_s: seconds per unit; 0 before enough was seen. Kept when all recent amounts are alike.
+        mean_s, mean_amount: fading means.
+    """
+
+    slope_s: float = 0.0
+    mean_s: float = 0.0
+    mean_amount: float = 0.0
+    _weight: float = 0.0
+    _variance: float = 0.0
+    _covariance: float = 0.0
+
+    def observe(self, amount: float, duration_s: float) -> None:
+        """Take in one measured pair."""
+        if self._weight > MIN_WEIGHT and duration_s > 4 * self.mean_s:
+            return  # Not the device: something else had the processor.
+        self._weight = FADING * self._weight + 1.0
+        rate = 1.0 / self._weight
+        away, late = amount - self.mean_amount, duration_s - self.mean_s
+        self.mean_amount += rate * away
+        self.mean_s += rate * late
+        # Moments about the moving means.
+        self._variance = (1.0 - rate) * (self._variance + rate * away * away)
+        self._covariance = (1.0 - rate) * (self._covariance + rate * away * late)
+        if self._weight >= MIN_WEIGHT and self._variance > MIN_VARIANCE:
+            self.slope_s = max(0.0, self._covariance / self._variance)
+
+    def estimate_s(self, amount: float) -> float:
+        """Seconds for an amount, at least those that it adds to nothing."""
+        return max(0.0, self.mean_s + self.slope_s * (amount - self.mean_amount))
+
+    @property
+    def relative_slope(self) -> float:
+        """What one unit more adds, relative to the time of one unit; 0 before enough was seen."""
+        one_s = self.estimate_s(1.0)
+        return self.slope_s / one_s if one_s > 0.0 else 0.0
