@@ -63,6 +63,7 @@ class Measured:
 def as_text(measured: Measured) -> str:
     """The whole report of one condition."""
     parts = [f"=== {measured.condition.label} ===", speed_table(measured), times_note(measured.times())]
+    parts += scheduling_text(measured.rows)
     parts += ["Where an engine step went (ms):\n" + parts_table(measured)]
     if any(row.entry.is_ours for row in measured.rows):
         parts += [rivals_text(measured), not_slower_text(measured)]
@@ -139,6 +140,20 @@ def times_note(times: ModelTimes) -> str:
         if found:
             lines.append(f"{what}: " + ", ".join(f"{tokens}: {number(ms)} ms" for tokens, ms in found.items()))
     return "\n".join(lines)
+
+
+def scheduling_text(rows: Sequence[Row]) -> list[str]:
+    """Which rows schedule asynchronously, as our method cannot; nothing without the row that shows its price."""
+    control = next((row for row in rows if row.entry.group == "async_off"), None)
+    if control is None:
+        return []
+    asynchronous = [row.name for row in rows if row.entry.facts.get("async_scheduling")]
+    if asynchronous:
+        return [f"Asynchronous scheduling is on in {', '.join(asynchronous)}, and off in all others."]
+    return [
+        f"vLLM does not schedule asynchronously on this device, in no row: {control.name!r} is a second plain engine, and its ratio "
+        "shows the noise of this run."
+    ]
 
 
 def rivals_text(measured: Measured) -> str:

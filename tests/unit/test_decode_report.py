@@ -116,6 +116,15 @@ def test_a_draft_server_that_was_lost_is_said() -> None:
     assert as_text(measured).count("1, 1 runs without") == 1
 
 
+def test_the_price_of_our_scheduling_is_explained() -> None:
+    measured = made_measured()
+    assert "synchronous" not in as_text(measured)
+    measured.rows.insert(1, made_row("plain, async off", [4.0, 4.2, 4.1]))
+    assert "'plain, async off' is a second plain engine" in as_text(measured)
+    measured.rows[0].entry.facts = {"async_scheduling": True}
+    assert "Asynchronous scheduling is on in plain, and off in all others." in as_text(measured)
+
+
 def test_a_slow_row_is_called_slower() -> None:
     measured = made_measured()
     measured.rows = [made_row("plain", [1.0, 1.0, 1.0]), made_row("pearl", [1.2, 0.9, 1.1])]
