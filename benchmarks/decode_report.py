@@ -151,8 +151,8 @@ def scheduling_text(rows: Sequence[Row]) -> list[str]:
     if asynchronous:
         return [f"Asynchronous scheduling is on in {', '.join(asynchronous)}, and off in all others."]
     return [
-        f"vLLM does not schedule asynchronously on this device, in no row: {control.name!r} is a second plain engine, and its ratio "
-        "shows the noise of this run."
+        f"vLLM does not schedule asynchronously on this device, in no row: {control.name!r} is a second plain engine, and its "
+        "ratio shows the noise of this run."
     ]
 
 
