@@ -1,7 +1,7 @@
 """Conditions of the decode benchmark, and the prompts that each of them works on."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.decode_conditions import (
@@ -57,6 +57,7 @@ def test_bad_emulations_are_refused(text: str) -> None:
 prompts = st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=60), min_size=1, max_size=6)
 
 
+@settings(deadline=None)
 @given(prompts, st.integers(1, 80))
 def test_work_is_different_beginnings_of_the_prompts(token_ids: list[list[int]], num_prompts: int) -> None:
     try:
@@ -69,6 +70,7 @@ def test_work_is_different_beginnings_of_the_prompts(token_ids: list[list[int]],
         assert one in token_ids or (len(one) >= LEAST_TOKENS and any(ids[: len(one)] == one for ids in token_ids))
 
 
+@settings(deadline=None)
 @given(prompts)
 def test_prompts_are_used_whole_first(token_ids: list[list[int]]) -> None:
     different = list(dict.fromkeys(map(tuple, token_ids)))

@@ -2,7 +2,7 @@
 
 import statistics
 
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.decode_intervals import Spread, bootstrap, ratio, spread
@@ -11,22 +11,26 @@ samples = st.lists(st.floats(0.1, 10.0), min_size=1, max_size=12)
 seeds = st.integers(0, 2**32)
 
 
+@settings(max_examples=40, deadline=None)
 @given(samples, seeds)
 def test_the_interval_contains_the_median_and_stays_within_the_samples(values: list[float], seed: int) -> None:
     low, high = bootstrap(values, seed)
     assert min(values) <= low <= statistics.median(values) <= high <= max(values)
 
 
+@settings(max_examples=40, deadline=None)
 @given(samples, seeds)
 def test_the_same_seed_gives_the_same_interval(values: list[float], seed: int) -> None:
     assert bootstrap(values, seed) == bootstrap(values, seed)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.floats(0.1, 10.0), st.integers(1, 12), seeds)
 def test_equal_samples_leave_no_doubt(value: float, count: int, seed: int) -> None:
     assert bootstrap([value] * count, seed) == (value, value)
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.floats(0.1, 10.0), min_size=3, max_size=8), seeds)
 def test_more_of_the_same_repetitions_make_it_no_wider(values: list[float], seed: int) -> None:
     assume(max(values) - min(values) > 0.1)
@@ -34,6 +38,7 @@ def test_more_of_the_same_repetitions_make_it_no_wider(values: list[float], seed
     assert many[1] - many[0] <= few[1] - few[0]
 
 
+@settings(max_examples=40, deadline=None)
 @given(samples, seeds, st.floats(0.5, 4.0))
 def test_it_scales_with_the_samples(values: list[float], seed: int, factor: float) -> None:
     low, high = bootstrap(values, seed)

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.decode_report import as_text, measured_as_json, timeline
@@ -37,6 +37,7 @@ def test_steady_speed_leaves_out_prefills_and_the_end() -> None:
     assert steady_tokens_per_s(two, 3) == pytest.approx(6 / 10)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.integers(2, 12), st.integers(1, 4), st.floats(0.5, 5.0))
 def test_steady_speed_of_even_rounds(batch_size: int, num_rounds: int, tokens: int, wall_s: float) -> None:
     run = made_run(wall_s, batch_size, num_rounds=num_rounds, tokens_per_round=tokens)

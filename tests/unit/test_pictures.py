@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import picture_style, picture_timeline, pictures
@@ -112,6 +112,7 @@ def test_names_for_readers() -> None:
     assert name("specbranch, no cut", "ablations") == "specbranch, no cut"
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 10), max_size=10), st.floats(0.01, 1.0))
 def test_labels_are_moved_apart_and_keep_their_order(places: list[float], least: float) -> None:
     moved = spread_out(places, least)
