@@ -61,6 +61,29 @@ def _demo(args: argparse.Namespace) -> int:
     return demo.run(settings, _write)
 
 
+def _tune(args: argparse.Namespace) -> int:
+    from vllm_specbranch import tune
+
+    settings = tune.TuneSettings(
+        target=args.target,
+        draft=args.draft,
+        prompts=args.prompts,
+        out=args.out,
+        num_prompts=args.num_prompts,
+        max_tokens=args.max_tokens,
+        batch_size=args.batch_size,
+        dtype=args.dtype,
+        target_cores=parse_cores(args.target_cores, "--target-cores") if args.target_cores else None,
+        draft_cores=parse_cores(args.draft_cores, "--draft-cores") if args.draft_cores else None,
+        max_model_len=args.max_model_len,
+        kv_cache_bytes=int(args.kv_cache_gib * 2**30),
+        enforce_eager=args.enforce_eager,
+        seed=args.seed,
+        always_write=args.always_write,
+    )
+    return tune.run(settings, _write)
+
+
 def _doctor(_: argparse.Namespace) -> int:
     from vllm_specbranch import doctor
 
@@ -85,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vllm-specbranch {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="the same prompts by plain vLLM, its draft_model, and specbranch"))
+    _add_tune(commands.add_parser("tune", help="choose the settings for a pair of models, and say whether they pay"))
     doctor = commands.add_parser("doctor", help="check whether specbranch can run here")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -123,6 +147,46 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
         metavar="N",
         help="layers added to the shipped target; 0 leaves it as it is",
     )
+    _add_places(demo)
+    add("--json", type=Path, metavar="OUT", help="also write all results to this file")
+
+
+def _add_tune(tune: argparse.ArgumentParser) -> None:
+    count = _at_least(1)
+    add = tune.add_argument
+    tune.description = (
+        "Runs plain vLLM and specbranch on your prompts, measures both models, and finds the settings that suit them by replaying "
+        "what was recorded. Writes the file that --speculative-config specbranch reads, or says why speculation does not pay."
+    )
+    tune.set_defaults(command=_tune)
+    add("--target", type=Path, required=True, metavar="PATH", help="folder of the target model")
+    add("--draft", type=Path, required=True, metavar="PATH", help="folder of the draft model, with the same tokenizer")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="like those you serve: .jsonl with id and prompt, .json list, or .txt (default: 16 of HumanEval)",
+    )
+    add(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="settings file to write (default: specbranch.json in the target's folder, where vLLM looks for it)",
+    )
+    add("--num-prompts", type=count, default=8, metavar="N", help="use the first N prompts (default 8)")
+    add("--max-tokens", type=_at_least(8), default=96, metavar="N", help="new tokens per prompt (default 96)")
+    add("--batch-size", type=count, default=1, metavar="N", help="requests at the same time, as you expect (default 1)")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    add("--dtype", choices=dtypes, default="auto", help="of both models (default: what the models say)")
+    add("--seed", type=_at_least(0), default=0, metavar="N", help="of the search (default 0)")
+    add("--always-write", action="store_true", help="write the best settings even if they are not worth it")
+    _add_places(tune)
+
+
+def _add_places(command: argparse.ArgumentParser) -> None:
+    """Where and how large engines are, for every command that starts some."""
+    count = _at_least(1)
+    add = command.add_argument
     add("--target-cores", metavar="LIST", help="CPU cores of the target, such as 0-3 (default: the first one)")
     add("--draft-cores", metavar="LIST", help="CPU cores of the draft server (default: the next one)")
     add(
@@ -134,7 +198,6 @@ def _add_demo(demo: argparse.ArgumentParser) -> None:
     )
     add("--kv-cache-gib", type=float, default=0.5, metavar="GIB", help="KV cache of each target (default 0.5)")
     add("--enforce-eager", action="store_true", help="do not compile: quicker start, slower run")
-    add("--json", type=Path, metavar="OUT", help="also write all results to this file")
 
 
 if __name__ == "__main__":

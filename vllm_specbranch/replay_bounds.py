@@ -178,3 +178,16 @@ def _quickest(recording: Recording, ours: Agreement, gamma: int, times: Times) -
         place, chunk = came_by[place]
         chunks.append(chunk)
     return ready[most], chunks[::-1]
+
+
+def acceptance_by_position(
+    recordings: Sequence[Recording], agreements: Sequence[Agreement], gamma: int
+) -> tuple[float, ...]:
+    """Share of sequential rounds with chunks of `gamma` tokens in which the first, the first two, ... tokens are accepted."""
+    runs = []
+    for recording, ours in zip(recordings, agreements, strict=True):
+        done = 1
+        while done < recording.num_tokens:
+            runs.append(ours.run_length(done, gamma))
+            done += runs[-1] + 1
+    return tuple(sum(run > place for run in runs) / max(1, len(runs)) for place in range(gamma))

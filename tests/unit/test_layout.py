@@ -108,6 +108,9 @@ ROOMS = {
     "token_tree": room("errors"),
     "transport": room("errors messages", "zmq"),
     "weaken": room("errors made_models", "torch"),
+    "tune": ANYTHING,
+    "tune_measure": room("measure_messages replay"),
+    "tune_search": room(),
     "worker": room("errors plugin proposer", "vllm"),
 }
 PATCH_ROOM = room("config errors patching plugin proposer speculative_config", "torch vllm")

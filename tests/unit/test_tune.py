@@ -1,0 +1,281 @@
+"""Tuning: what is made of measurements, the search, the verdict, the file, and the words. No engine is started."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.test_replay import BLOCK_SIZE, NUM_BLOCKS, fake, recordings_of
+from vllm_specbranch import cli, tune
+from vllm_specbranch.config import SpecBranchConfig, load_bare_word_settings
+from vllm_specbranch.measure_messages import Forward, RequestTrace, RunResult
+from vllm_specbranch.replay import Times
+from vllm_specbranch.replay_study import Study
+from vllm_specbranch.tune_measure import Measured, fit, measure, medians_ms
+from vllm_specbranch.tune_search import KEYS, STARTS, VALUES, Found, Search, Settings, judge
+
+# --- measurements ----------------------------------------------------------------------------------------------------
+
+
+def test_a_line_through_forward_times() -> None:
+    line = fit({1: 10.0, 3: 12.0, 5: 14.0})
+    assert (line.base_ms, line.token_cost) == (pytest.approx(10.0), pytest.approx(0.1))
+    assert fit({1: 7.0}).token_cost == 0.0
+    assert fit({9: 7.0}).base_ms == 7.0
+
+
+@given(st.dictionaries(st.integers(1, 64), st.floats(0.01, 1e3), min_size=1, max_size=10))
+def test_a_line_never_falls_and_starts_above_nothing(times_ms: dict[int, float]) -> None:
+    line = fit(times_ms)
+    assert line.base_ms > 0.0 and line.token_cost >= 0.0
+
+
+def forwards(gap_ms: float, duration_ms: float, sizes: Sequence[int]) -> list[Forward]:
+    step_s = (gap_ms + duration_ms) / 1e3
+    return [Forward(index * step_s, index * step_s + duration_ms / 1e3, size) for index, size in enumerate(sizes)]
+
+
+def result(gap_ms: float, **keys: Any) -> RunResult:
+    """A run with an output every `gap_ms`."""
+    times = [gap_ms * (index + 1) / 1e3 for index in range(10)]
+    return RunResult(times[-1], 10, [RequestTrace(0.0, times, [1] * 10, list(range(10)), "")], **keys)
+
+
+def test_rare_sizes_and_prefills_say_nothing() -> None:
+    assert medians_ms(forwards(1.0, 5.0, [1, 1, 1, 4, 4, 200, 200, 200])) == {1: pytest.approx(5.0)}
+
+
+def test_times_of_an_observed_pair() -> None:
+    plain = result(12.0, target_forwards=forwards(2.0, 10.0, [1] * 10))
+    counters = {"wait_s": 10 * 0.5e-3, "propose_s": 0.0}
+    ours = result(
+        14.0,
+        target_forwards=forwards(4.0, 10.0, [1] * 10),
+        draft_forwards=forwards(0.0, 2.0, [1] * 5) + forwards(0.0, 3.0, [6] * 5),
+        engine_counters=counters,
+    )
+    measured = measure(plain, ours, 1)
+    assert measured.is_observed
+    assert measured.plain.overhead_ms == pytest.approx(2.0)
+    assert measured.ours.overhead_ms == pytest.approx(3.5)
+    assert measured.ours.target_forward_ms == pytest.approx(10.0)
+    assert (measured.ours.draft_step_ms, measured.ours.draft_token_cost) == (pytest.approx(2.0), pytest.approx(0.1))
+    assert measured.ours.c == pytest.approx(6.75)
+
+
+def test_times_of_a_pair_that_cannot_be_observed() -> None:
+    timings = {"step_1_rows": 1000.0, "step_3_rows": 1400.0, "peer_0_token": 5.0}
+    measured = measure(result(12.0), result(9.0, server_timings_us=timings, engine_counters={"propose_s": 0.01}), 1)
+    assert not measured.is_observed
+    assert measured.plain.round_ms(1) == pytest.approx(12.0)
+    assert measured.ours.round_ms(9) == pytest.approx(13.0)
+    assert (measured.ours.draft_step_ms, measured.ours.draft_token_cost) == (pytest.approx(1.0), pytest.approx(0.2))
+
+
+# --- search ----------------------------------------------------------------------------------------------------------
+
+
+def hill(settings: Settings) -> float:
+    """Best: specbranch, 12 tokens, threshold 0.2, 16 branches."""
+    speed = {"specbranch": 2.0, "best_first": 1.9, "fanout": 1.5, "pearl": 1.2}[str(settings["policy"])]
+    for key, best in (("num_speculative_tokens", 12), ("stop_threshold", 0.2), ("max_branches", 16)):
+        if key in settings:
+            distance = abs(VALUES[key].index(settings[key]) - VALUES[key].index(best))
+            speed -= 0.05 * distance
+    return speed
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_search_finds_the_top(seed: int) -> None:
+    tried: list[Settings] = []
+    found = Search(hill, seed, lambda settings, _speed, _best: tried.append(settings)).run()
+    assert found.settings == {
+        "policy": "specbranch",
+        "num_speculative_tokens": 12,
+        "stop_threshold": 0.2,
+        "max_branches": 16,
+    }
+    assert found.speed == 2.0
+    assert found.num_tried == len(tried) == len({json.dumps(one, sort_keys=True) for one in tried}) < 40
+
+
+def test_the_search_repeats_itself() -> None:
+    def found(seed: int) -> tuple[Found, list[Settings]]:
+        tried: list[Settings] = []
+        return Search(hill, seed, lambda settings, *_: tried.append(settings)).run(), tried
+
+    assert found(3) == found(3)
+
+
+def test_small_gains_are_chance() -> None:
+    def flat(settings: Settings) -> float:
+        return 1.0 + 1e-4 * float(str(settings["num_speculative_tokens"]))
+
+    assert Search(flat).run([STARTS[3]]).settings == STARTS[3]
+
+
+def test_what_is_searched_are_settings() -> None:
+    for start in STARTS:
+        assert {*KEYS[str(start["policy"])], "policy"} == set(start)
+        SpecBranchConfig.from_user({"model": "draft", **start})
+        for key in KEYS[str(start["policy"])]:
+            for value in VALUES[key]:
+                SpecBranchConfig.from_user({"model": "draft", **start, key: value})
+
+
+@pytest.mark.parametrize(
+    ("ours", "sequential", "c", "alpha", "method", "said"),
+    [
+        (1.02, 1.04, 10.0, 0.1, "plain", "only 10% of the draft's first choices"),
+        (1.0, 0.5, 0.8, 0.9, "plain", "only 0.8 draft steps"),
+        (1.0, 0.5, 8.0, 0.9, "plain", "overhead"),
+        (1.3, 1.5, 8.0, 0.9, "draft_model", "draft_model with 4 draft tokens is better"),
+        (1.5, 1.3, 8.0, 0.9, "specbranch", "1.50 times"),
+    ],
+)
+def test_the_verdict(ours: float, sequential: float, c: float, alpha: float, method: str, said: str) -> None:
+    verdict = judge(ours=ours, sequential=sequential, gamma=4, acceptance=alpha, c=c)
+    assert verdict.method == method and said in verdict.reason
+
+
+# --- all of it, on made-up measurements ------------------------------------------------------------------------------
+
+
+def made_up(times: Times) -> Measured:
+    return Measured(times, times, {1: times.target_forward_ms}, {1: times.draft_step_ms}, True)
+
+
+def study_of(agrees: list[list[bool]]) -> Study:
+    model, _ = fake()
+    return Study(model, NUM_BLOCKS, BLOCK_SIZE, recordings_of(agrees))
+
+
+GOOD = [[True, True, True, False] * 6, [True] * 24]
+BAD = [[False] * 24, [False] * 24]
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    folders = tmp_path / "target", tmp_path / "target" / "draft"
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text('{"vocab_size": 50}')
+    return folders
+
+
+def tuned(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, agrees: list[list[bool]], times: Times, *more: str
+) -> tuple[int, str]:
+    """Run the command on made-up measurements; returns its code and what it wrote."""
+    monkeypatch.setattr(tune, "_measure", lambda *_: (made_up(times), recordings_of(agrees)))
+    monkeypatch.setattr(tune.Study, "load", lambda *_, **__: study_of(agrees))
+    said: list[str] = []
+    monkeypatch.setattr(cli, "_write", said.append)
+    code = cli.main(["tune", "--target", str(pair[0]), "--draft", str(pair[1]), *more])
+    return code, "".join(said)
+
+
+def test_a_good_pair_gets_its_file(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0))
+    assert code == 0, text
+    settings = load_bare_word_settings(str(pair[0]))
+    assert settings["model"] == str(pair[1])
+    assert json.loads((pair[0] / "specbranch.json").read_text())["model"] == "draft"
+    SpecBranchConfig.from_user(settings)
+    assert "c = 10.0" in text and "best so far" in text and "plain vLLM" in text and "draft_model" in text
+    assert f"vllm serve {pair[0]} --speculative-config specbranch" in text
+    assert "every outcome guessed" in text
+
+
+def test_elsewhere_the_draft_is_named_in_full(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "other"
+    out.mkdir()
+    file = out / "mine.json"
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), "--out", str(file))
+    assert code == 0 and json.loads(file.read_text())["model"] == str(pair[1])
+    monkeypatch.setenv("VLLM_SPECBRANCH_CONFIG", str(file))
+    assert load_bare_word_settings("nowhere")["model"] == str(pair[1])
+    assert f"VLLM_SPECBRANCH_CONFIG={file} vllm serve" in text
+
+
+@pytest.mark.parametrize(
+    ("agrees", "times", "why"),
+    [
+        (BAD, Times(10.0, 1.0), "first choices are the target's"),
+        (GOOD, Times(0.5, 1.0), "only 0.5 draft steps"),
+    ],
+)
+def test_a_pair_that_does_not_pay_gets_none(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, agrees: list[list[bool]], times: Times, why: str
+) -> None:
+    code, text = tuned(pair, monkeypatch, agrees, times)
+    assert code == 0
+    assert "not worth it" in text and why in text and "Nothing was written" in text
+    assert not (pair[0] / "specbranch.json").exists()
+    code, text = tuned(pair, monkeypatch, agrees, times, "--always-write")
+    assert code == 0 and (pair[0] / "specbranch.json").exists()
+
+
+def test_draft_model_is_recommended_where_it_is_better(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large overhead of ours alone."""
+    slow = Measured(Times(10.0, 1.0), Times(10.0, 1.0, overhead_ms=30.0), {1: 10.0}, {1: 1.0}, True)
+    monkeypatch.setattr("tests.unit.test_tune.made_up", lambda _: slow)
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0))
+    assert code == 0
+    assert "draft_model with" in text and '"method": "draft_model"' in text and "Nothing was written" in text
+
+
+def test_what_was_measured_in_words() -> None:
+    text = tune.describe(made_up(Times(10.0, 2.0, 0.05, 0.1, overhead_ms=1.0)), study_of([[True, False] * 8]))
+    assert "10.00 ms" in text and "adds 5.0%" in text and "adds 10.0%" in text and "c = 5.5" in text
+    assert "1: 50%, 2: 100%" in text
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--target nowhere", "--target='nowhere'"),
+        ("--draft nowhere", "--draft='nowhere'"),
+        ("--prompts nowhere.txt", "--prompts='nowhere.txt'"),
+        ("--out /nowhere/out.json", "--out='/nowhere/out.json'"),
+        ("--target-cores x", "--target-cores='x'"),
+        ("--draft-cores 4096", "--draft-cores='4096'"),
+        ("--max-model-len 100", "--max-model-len=100"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    words: str, said: str, pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    given_words = ["tune", "--target", str(pair[0]), "--draft", str(pair[1]), *words.split()]
+    assert cli.main(given_words) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("vllm-specbranch: ") and said in line
+
+
+def test_vocabularies_are_compared_before_anything_starts(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (pair[1] / "config.json").write_text('{"text_config": {"vocab_size": 51}}')
+    assert cli.main(["tune", "--target", str(pair[0]), "--draft", str(pair[1])]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "with 51 tokens" in line and "50 tokens" in line
+
+
+@pytest.mark.parametrize(
+    "words", ["", "--target a", "--target a --draft b --num-prompts 0", "--target a --draft b --dtype int3"]
+)
+def test_words_that_do_not_exist_exit_with_2(words: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tune", *words.split()])
+    assert caught.value.code == 2

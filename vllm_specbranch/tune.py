@@ -1,0 +1,292 @@
+"""`vllm-specbranch tune`: measure a pair on this machine, choose its settings, and write the file that vLLM reads them from.
+
+Owns the order of work and what is shown. Measuring is in `measure` and `tune_measure`, replaying in `replay_study`, the search and
+the verdict in `tune_search`. Runs in the process that the user started, which loads the draft model for the replays.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_specbranch.config import CONFIG_ENV, CONFIG_FILE_NAME, METHOD, SpecBranchConfig
+from vllm_specbranch.errors import ConfigError
+from vllm_specbranch.lineup import Lineup, place, require_model
+from vllm_specbranch.measure import Engine, running
+from vllm_specbranch.prompts import default_prompts_path, read_prompts
+from vllm_specbranch.provenance import available_cores, gpus
+from vllm_specbranch.replay import Recording, Replayed
+from vllm_specbranch.replay_bounds import acceptance, acceptance_by_position, coverage
+from vllm_specbranch.replay_study import TOKENS_BEYOND, Study, recordings_of
+from vllm_specbranch.report import number, percent, table
+from vllm_specbranch.tune_measure import Measured, measure
+from vllm_specbranch.tune_search import STARTS, Search, Settings, Verdict, judge
+
+PROBE_TOKENS = 8
+NUM_POSITIONS = 6
+
+Write = Callable[[str], object]
+
+
+@dataclass(frozen=True, slots=True)
+class TuneSettings:
+    """What the user asked for; see `vllm-specbranch tune --help`.
+
+    Attributes:
+        out: None for `specbranch.json` in the target's folder, where vLLM looks for it.
+        always_write: write the best settings of specbranch even when they are not worth it.
+    """
+
+    target: Path
+    draft: Path
+    prompts: Path | None = None
+    out: Path | None = None
+    num_prompts: int = 8
+    max_tokens: int = 96
+    batch_size: int = 1
+    dtype: str = "auto"
+    target_cores: tuple[int, ...] | None = None
+    draft_cores: tuple[int, ...] | None = None
+    max_model_len: int = 1024
+    kv_cache_bytes: int = 1 << 29
+    enforce_eager: bool = False
+    seed: int = 0
+    always_write: bool = False
+
+
+def run(settings: TuneSettings, write: Write) -> int:
+    """Tune.
+
+    Args:
+        settings: what the user asked for.
+        write: takes text as it comes, for example `sys.stdout.write`.
+
+    Returns:
+        0, also when speculation is not worth it.
+
+    Raises:
+        ConfigError: a setting that cannot work.
+        MeasureError: an engine failed.
+    """
+    out = _out(settings)
+    texts = [prompt.text for prompt in read_prompts(settings.prompts or default_prompts_path(), settings.num_prompts)]
+    lineup = _lineup(settings)
+    write(
+        f"Target {lineup.target}\nDraft  {lineup.draft}\nMeasuring on {len(texts)} prompts; two engines start first:\n"
+    )
+    measured, recordings = _measure(settings, lineup, texts, write)
+    study = Study.load(lineup.draft, settings.dtype, recordings, settings.batch_size, num_threads=_num_threads(lineup))
+    write("\n" + describe(measured, study) + "\n\nSearching, by replaying what was recorded (times plain decoding):\n")
+    report = choose(measured, study, settings.seed, write)
+    write("\n" + report.as_table() + "\n\n" + report.verdict.reason + "\n")
+    if report.verdict.method != METHOD and not settings.always_write:
+        write(report.advice(lineup.draft) + f"Nothing was written (--always-write writes {out} all the same).\n")
+        return 0
+    _write_file(out, lineup.draft, report.settings)
+    write(f"Wrote {out}. Use it with:\n  {_usage(out, Path(lineup.target))}\n")
+    return 0
+
+
+def _out(settings: TuneSettings) -> Path:
+    """Where to write, checked before anything starts."""
+    require_model(settings.target, "--target")
+    out = (settings.out or settings.target / CONFIG_FILE_NAME).expanduser().absolute()
+    if out.is_dir() or not out.parent.is_dir():
+        raise ConfigError(str(out), "a file in a folder that exists", "--out")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ConfigError(str(out), "a file that may be written", "--out")
+    return out
+
+
+def _vocab_size(model: Path) -> int | None:
+    """As config.json has it; None where it does not say."""
+    config = json.loads((model / "config.json").read_text())
+    found = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    return found if isinstance(found, int) else None
+
+
+def _lineup(settings: TuneSettings) -> Lineup:
+    num_gpus = len(gpus())
+    target, draft = require_model(settings.target, "--target"), require_model(settings.draft, "--draft")
+    sizes = _vocab_size(target), _vocab_size(draft)
+    if None not in sizes and sizes[0] != sizes[1]:
+        raise ConfigError(f"{draft} with {sizes[1]} tokens", f"a model with the target's {sizes[0]} tokens", "--draft")
+    if settings.max_tokens + TOKENS_BEYOND >= settings.max_model_len:
+        allowed = (
+            f"more than {settings.max_tokens + TOKENS_BEYOND}, for {settings.max_tokens} new tokens and a last draft"
+        )
+        raise ConfigError(settings.max_model_len, allowed, "--max-model-len")
+    return Lineup(
+        target=str(target),
+        draft=str(draft),
+        placement=place(available_cores(), num_gpus, settings.target_cores, settings.draft_cores),
+        dtype=settings.dtype,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.batch_size,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        enforce_eager=settings.enforce_eager,
+        seed=settings.seed,
+        num_engines=2,
+        # Forwards can be timed from outside on CPUs only.
+        observe=not num_gpus,
+    )
+
+
+def _num_threads(lineup: Lineup) -> int:
+    return max(1, len(lineup.placement.draft_cores))
+
+
+def _measure(
+    settings: TuneSettings, lineup: Lineup, texts: Sequence[str], write: Write
+) -> tuple[Measured, list[Recording]]:
+    """Run plain vLLM and specbranch over the prompts."""
+    told: set[str] = set()
+
+    def show(engines: Sequence[Engine]) -> None:
+        for engine in engines:
+            if engine.is_ready and engine.spec.name not in told:
+                told.add(engine.spec.name)
+                write(f"  {engine.spec.name} is ready\n")
+
+    with running([lineup.plain(), lineup.specbranch(PROBE_TOKENS)], show) as (plain, ours):
+        prompts = plain.encode(texts)
+        longest = max(map(len, prompts))
+        room = settings.max_model_len - settings.max_tokens - TOKENS_BEYOND
+        if longest > room:
+            raise ConfigError(
+                f"a prompt of {longest} tokens", f"prompts of at most {room} (see --max-model-len)", "--prompts"
+            )
+        for engine in (plain, ours):
+            engine.run(prompts[:1], settings.max_tokens, settings.batch_size)
+        write(f"  generating {settings.max_tokens} tokens for each prompt, twice\n")
+        recorded = plain.run(prompts, settings.max_tokens + TOKENS_BEYOND, settings.batch_size)
+        drafted = ours.run(prompts, settings.max_tokens, settings.batch_size)
+    measured = measure(recorded, drafted, settings.batch_size)
+    return measured, recordings_of(prompts, recorded, settings.max_tokens)
+
+
+def describe(measured: Measured, study: Study) -> str:
+    """What was measured, in words."""
+    times = measured.ours
+    by_position = acceptance_by_position(study.recordings, study.agreements, NUM_POSITIONS)
+    top = ", ".join(f"{count}: {percent(coverage(study.agreements, count))}" for count in (1, 2, 4, 8))
+    further = (
+        f"each further token adds {times.target_token_cost:.1%}" if measured.is_observed else "further tokens not seen"
+    )
+    return "\n".join(
+        [
+            f"A target forward takes {number(times.target_forward_ms)} ms ({further}); vLLM adds {number(times.overhead_ms)} ms.",
+            f"A draft step takes {number(times.draft_step_ms)} ms (each further token adds {times.draft_token_cost:.1%}). So c = "
+            f"{times.c:.1f}: that many draft steps fit into a round of the target.",
+            f"The target's token is among the draft's first choices, by their number: {top}.",
+            "Of rounds with that many draft tokens, all are accepted: "
+            + ", ".join(f"{place}: {percent(share)}" for place, share in enumerate(by_position, 1))
+            + ".",
+        ]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What the search found, and what it is held against; results are replays and calculations, not measurements.
+
+    Attributes:
+        settings: of specbranch, the best found.
+        gamma: draft tokens of `draft_model`.
+        rows: label and result; plain decoding first.
+    """
+
+    settings: Settings
+    gamma: int
+    rows: list[tuple[str, Replayed]]
+    verdict: Verdict
+
+    def as_table(self) -> str:
+        """The rows for people."""
+        plain = self.rows[0][1]
+        cells = [
+            [
+                label,
+                number(one.tokens_per_s, 1),
+                number(one.tokens_per_s / plain.tokens_per_s, 2, "x"),
+                number(one.mean_acceptance_length),
+                percent(one.server["num_hits"] / one.num_rounds) if one.server else "-",
+                percent(one.wait_s / one.time_s) if one.server else "-",
+            ]
+            for label, one in self.rows
+        ]
+        headers = [
+            "expected on a quiet machine",
+            "tokens/s",
+            "ratio",
+            "acceptance length",
+            "hits",
+            "time waiting for drafts",
+        ]
+        return table(headers, cells)
+
+    def advice(self, draft: str) -> str:
+        """What to use instead; empty where nothing is."""
+        if self.verdict.method != "draft_model":
+            return ""
+        own = {"method": "draft_model", "model": draft, "num_speculative_tokens": self.gamma}
+        return f"Use: --speculative-config '{json.dumps(own)}'\n"
+
+
+def choose(measured: Measured, study: Study, seed: int, write: Write) -> Report:
+    """Search, and hold the result against the alternatives."""
+    plain = study.plain(measured.plain)
+    replays: dict[str, Replayed] = {}
+
+    def speed_of(settings: Settings) -> float:
+        result = replays[label(settings)] = study.run(settings, measured.ours)
+        return plain.time_s / result.time_s
+
+    def show(settings: Settings, speed: float, is_best: bool) -> None:
+        write(f"  {speed:5.2f}  {label(settings)}{'  <- best so far' if is_best else ''}\n")
+
+    found = Search(speed_of, seed, show).run()
+    gamma, own = study.best_sequential(measured.plain)
+    rows = [("plain vLLM", plain), (f"vLLM draft_model, {gamma} draft tokens (its best)", own)]
+    start = STARTS[0]
+    if found.settings != start:
+        rows.append(("specbranch as it comes", replays[label(start)]))
+    rows.append((f"specbranch: {label(found.settings)}", replays[label(found.settings)]))
+    bound = study.bound(measured.ours, 64)
+    if bound is not None:
+        rows.append(("every outcome guessed (no policy can do more)", bound))
+    verdict = judge(
+        ours=found.speed,
+        sequential=plain.time_s / own.time_s,
+        gamma=gamma,
+        acceptance=acceptance(study.agreements),
+        c=measured.ours.c,
+    )
+    return Report(found.settings, gamma, rows, verdict)
+
+
+def label(settings: Settings) -> str:
+    """Settings in a few words."""
+    words = [f"{settings['policy']}, {settings['num_speculative_tokens']} draft tokens"]
+    if "max_branches" in settings:
+        words.append(f"{settings['max_branches']} branches")
+    if "stop_threshold" in settings:
+        words.append(f"threshold {settings['stop_threshold']:g}")
+    return ", ".join(words)
+
+
+def _write_file(out: Path, draft: str, settings: Settings) -> None:
+    """Write the settings as vLLM is to read them; a draft inside the file's folder is named relative to it."""
+    folder = out.parent.resolve()
+    model = Path(draft).resolve()
+    named = str(model.relative_to(folder)) if model.is_relative_to(folder) and model != folder else str(model)
+    user: dict[str, object] = {"model": named, **settings}
+    SpecBranchConfig.from_user(user)
+    out.write_text(json.dumps(user, indent=1) + "\n")
+
+
+def _usage(out: Path, target: Path) -> str:
+    command = f"vllm serve {target} --speculative-config {METHOD}"
+    is_found = out.resolve() == (target / CONFIG_FILE_NAME).resolve()
+    return command if is_found else f"{CONFIG_ENV}={out} {command}"
