@@ -1,0 +1,127 @@
+"""The replay benchmark: its alternatives, its table, what it makes of engine runs, and its words. No engine is started."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import replay as bench
+from benchmarks.replay_engine import EMULATION, compare_counts, split_time, times_of
+from benchmarks.replay_report import Line, engine_text, lines_as_table
+from tests.unit.test_replay import BLOCK_SIZE, NUM_BLOCKS, fake, recordings_of
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.measure_messages import Forward, RequestTrace, RunResult
+from vllm_specbranch.replay import Recording, Replayed, Times
+from vllm_specbranch.replay_study import Study, as_json
+from vllm_specbranch.replay_study import recordings_of as recorded
+
+AGREES = [[True, True, False] * 5, [False, True] * 6]
+
+
+def study(batch_size: int = 1) -> Study:
+    model, _ = fake()
+    return Study(model, NUM_BLOCKS, BLOCK_SIZE, recordings_of(AGREES), batch_size)
+
+
+def words(*given: str) -> Any:
+    return bench._parser().parse_args(["--out", "out.json", *given])
+
+
+def test_all_alternatives_are_settings() -> None:
+    for name in bench.ALTERNATIVES:
+        for settings in bench.alternatives(name, [4, 8]):
+            SpecBranchConfig.from_user({"model": "draft", **settings})
+    assert len(bench.alternatives("specbranch, wait", [4, 8])) == 6
+
+
+def test_a_line_has_every_policy_and_its_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    args = words("--ratios", "4,8", "--row-costs", "0.1", "--gammas", "4", "--policies", "pearl;specbranch;best_first")
+    lines = bench.replay_pair(study(), 0.35, args)
+    assert [(one.noise, one.c, one.b) for one in lines] == [(0.35, 4.0, 0.1), (0.35, 8.0, 0.1)]
+    names = ["draft_model", "pearl", "specbranch", "best_first", "every outcome guessed"]
+    for line in lines:
+        assert list(line.rows) == names
+        bound = line.rows["every outcome guessed"]["speed_up"]
+        assert all(row["speed_up"] <= bound + 1e-9 for row in line.rows.values())
+    table = lines_as_table(lines).splitlines()
+    assert table[2].split()[:3] == ["0.35", "4", "0.1"] and "(4)" in table[2]
+    assert capsys.readouterr().out.count("\n") == 2
+    assert "every outcome guessed" not in bench.replay_pair(study(2), 0.0, args)[0].rows
+
+
+def test_brackets_say_what_was_chosen() -> None:
+    line = Line(0.0, 5.0, 0.02)
+    line.add("best_first", {"num_speculative_tokens": 16, "max_branches": 32}, {"speed_up": 2.0})
+    line.add("specbranch", {"num_speculative_tokens": 8, "on_miss": "wait:2"}, {"speed_up": 1.5})
+    line.add("every outcome guessed", {}, {"speed_up": 3.0})
+    assert [line.cell(name) for name in line.rows] == ["2.00 (16 k32)", "1.50 (8 2)", "3.00"]
+
+
+def test_json_of_a_replay() -> None:
+    ours = study()
+    plain = ours.plain(Times(5.0, 1.0))
+    row = as_json(ours.run({"policy": "specbranch"}, Times(5.0, 1.0)), plain)
+    assert json.loads(json.dumps(row)) == row
+    assert row["hit_rate"] == row["server_counters"]["num_hits"] / row["num_rounds"]
+    assert as_json(plain, plain)["speed_up"] == 1.0 and as_json(plain, plain)["hit_rate"] is None
+
+
+def test_recordings_of_a_run() -> None:
+    traces = [RequestTrace(0.0, [1.0], [3], [7, 8, 9], "")]
+    assert recorded([[1, 2]], RunResult(1.0, 1, traces), 2) == [Recording((1, 2), (7, 8, 9), 2)]
+
+
+def counted(num_rounds: int, num_hits: int) -> Any:
+    return {"num_rounds": num_rounds, "num_hits": num_hits}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "hits", "agrees"), [(100, 50, True), (102, 51, True), (103, 50, False), (100, 52, False)]
+)
+def test_counts_agree_within_two_percent(rounds: int, hits: int, agrees: bool) -> None:
+    run = RunResult(1.0, 1, [], server_counters=counted(rounds, hits))
+    check = compare_counts("pearl", run, Replayed(server=counted(100, 50)))
+    assert check["agrees"] == agrees
+    text = engine_text({"deterministic": [check], "observed": []})
+    assert ("DO NOT AGREE" in text) != agrees
+
+
+def test_the_time_of_a_round_is_split() -> None:
+    run = RunResult(
+        0.3,
+        10,
+        [],
+        engine_counters={"wait_s": 0.02, "propose_s": 0.01},
+        server_counters={**counted(10, 5)},
+        target_forwards=[Forward(0.03 * index, 0.03 * index + 0.02, 1) for index in range(10)],
+    )
+    split = split_time("pearl", run, Replayed(num_forwards=8, time_s=0.2, server=counted(8, 4)))
+    parts = [split[name] for name in ("target_forward_ms", "wait_ms", "propose_ms", "rest_ms")]
+    assert parts == pytest.approx([20.0, 2.0, 1.0, 7.0]) and split["round_ms"] == pytest.approx(30.0)
+    assert split["share_of_oracle"] == pytest.approx(2 / 3)
+    assert "rest of vLLM 7.00" in engine_text({"deterministic": [], "observed": [split]})
+
+
+def test_engine_and_replay_have_the_same_times() -> None:
+    times = times_of(EMULATION)
+    assert times.forward_ms(5) == EMULATION.target_forward_ms
+    assert times.step_ms(2) == pytest.approx(EMULATION.draft_step_ms * (1 + EMULATION.draft_token_cost))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--out", "/none/out.json"], "--out"),
+        (["--prompts", "/none.txt"], "--prompts"),
+        (["--target", "/none"], "--target"),
+        (["--draft", "/none"], "--draft"),
+        (["--policies", "magic"], "--policies"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(
+    given: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(["--out", str(tmp_path / "out.json"), *given]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert said in line
