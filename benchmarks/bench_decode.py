@@ -22,7 +22,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.decode_conditions import Condition, PromptSet, conditions, cut_prompts, read_prompt_sets, work_of
 from benchmarks.decode_options import parse_words
 from benchmarks.decode_report import Measured, as_text, measured_as_json
-from benchmarks.decode_rows import Entry, Row, entries
+from benchmarks.decode_rows import WIDE, Entry, Row, entries
 from vllm_specbranch import deepen, weaken
 from vllm_specbranch.compare import GapOf, first_differences, transformers_gaps, with_gaps
 from vllm_specbranch.errors import ConfigError, SpecBranchError
@@ -80,6 +80,8 @@ def bench(args: argparse.Namespace, write: Write) -> int:
     sets = read_prompt_sets(args.prompts, max(args.num_prompts, *args.batch_sizes))
     wanted = conditions(sets, args.batch_sizes, args.emulate or [None])
     lineup = make_lineup(args)
+    if all(one.emulation for one in wanted):
+        args.rows = [one for one in args.rows if one != WIDE]
     chosen = entries(lineup, args.rows, args.gammas, args.num_speculative_tokens, args.settings)
     # They share the memory of a GPU.
     lineup = dataclasses.replace(lineup, num_engines=len(chosen))
@@ -187,19 +189,22 @@ def run_all(
     write: Write,
 ) -> None:
     """Warm up, then repeat. Mutates: measured."""
-    for entry, engine in zip(chosen, engines, strict=True):
-        entry.facts = engine.facts
+    by_name = {engine.spec.name: engine for engine in engines}
+    for entry in chosen:
+        entry.facts = by_name[entry.name].facts
     for one in measured:
-        one.rows = [Row(entry, one.condition.batch_size) for entry in chosen]
-        for engine in engines:
-            _warm_up(engine, one, WARM_UP_TOKENS)
+        # An emulated forward lasts the same on one core and on two: it says nothing of twice the devices.
+        found = [entry for entry in chosen if not (entry.is_wide and one.condition.emulation)]
+        one.rows = [Row(entry, one.condition.batch_size) for entry in found]
+        for row in one.rows:
+            _warm_up(by_name[row.name], one, WARM_UP_TOKENS)
     started_s = time.monotonic()
-    for repetition in repetitions(args, measured, engines):
+    for repetition in repetitions(args, measured, by_name):
         now_s, started_s = time.monotonic() - started_s, time.monotonic()
         write(f"Repetition {repetition} of {args.repetitions} done in {now_s:.0f} s.\n")
 
 
-def repetitions(args: argparse.Namespace, measured: Sequence[Measured], engines: Sequence[Engine]) -> Iterator[int]:
+def repetitions(args: argparse.Namespace, measured: Sequence[Measured], by_name: Mapping[str, Engine]) -> Iterator[int]:
     """Measure every row under every condition, again and again; yields the number of each finished repetition.
 
     Rows of one condition follow each other, so that those that are compared meet the same state of the machine.
@@ -208,8 +213,8 @@ def repetitions(args: argparse.Namespace, measured: Sequence[Measured], engines:
     shuffler = random.Random(args.seed)
     for repetition in range(1, args.repetitions + 1):
         for one in shuffler.sample(measured, len(measured)):
-            pairs = list(zip(one.rows, engines, strict=True))
-            for row, engine in shuffler.sample(pairs, len(pairs)):
+            for row in shuffler.sample(one.rows, len(one.rows)):
+                engine = by_name[row.name]
                 if len(measured) > 1:
                     _warm_up(engine, one, SETTLING_TOKENS)
                 condition = one.condition

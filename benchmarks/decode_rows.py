@@ -19,6 +19,7 @@ from vllm_specbranch.measure_messages import EngineSpec, RunResult
 BASELINE = "plain"
 SEQUENTIAL = "draft_model"
 PEARL = "pearl"
+WIDE = "wide"
 POLICIES = (PEARL, "specbranch", "fanout", "best_first")
 ABLATED = "specbranch"
 # What is taken away from the ablated policy, one thing at a time.
@@ -29,9 +30,9 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
 }
 # `plain` is always there, as the baseline. `async_off` is plain vLLM without asynchronous scheduling, which our method turns off;
 # where vLLM never schedules asynchronously (CPUs), it is a second plain engine, and its ratio shows the noise of the run. `wide`
-# adds plain and draft_model on the cores of target and draft together: as many devices as our rows have.
-GROUPS = (BASELINE, "async_off", SEQUENTIAL, "ngram", *POLICIES, "ablations", "wide")
-DEFAULT_GROUPS = (BASELINE, "async_off", SEQUENTIAL, "ngram", PEARL, "specbranch", "best_first", "wide")
+# adds plain and draft_model on the cores of target and draft together: as many devices as our rows have; not under emulation.
+GROUPS = (BASELINE, "async_off", SEQUENTIAL, "ngram", *POLICIES, "ablations", WIDE)
+DEFAULT_GROUPS = (BASELINE, "async_off", SEQUENTIAL, "ngram", PEARL, "specbranch", "best_first", WIDE)
 
 
 @dataclass(slots=True)
@@ -188,7 +189,7 @@ def _sequential(lineup: Lineup, groups: Sequence[str], gammas: Sequence[int], is
     if is_wide:
         cores = tuple(sorted({*places.target_cores, *places.draft_cores}))
         suffix = f" on {len(cores)} cores"
-        if "wide" not in groups or cores == places.target_cores:
+        if WIDE not in groups or cores == places.target_cores:
             return
     runs_on = Placement(cores, (), places.target_device).describe(with_draft=False)
     num_devices = max(1, len(cores))

@@ -202,12 +202,12 @@ class FakeEngine:
         return made_run(1.0, batch_size)
 
 
-def prepared(*given: str) -> tuple[list[Measured], list[tuple[Any, ...]]]:
+def prepared(*given: str, names: Sequence[str] = ("plain", "pearl")) -> tuple[list[Measured], list[tuple[Any, ...]]]:
     """Run everything with fake engines; returns (what was measured, what was asked for)."""
     args = words("--num-prompts", "3", "--repetitions", "2", "--max-tokens", "64", *given)
     log: list[tuple[Any, ...]] = []
-    engines: Any = [FakeEngine(name, log) for name in ("plain", "pearl")]
-    chosen = [Entry(engine.spec, engine.spec.name, "core 0", 1) for engine in engines]
+    engines: Any = [FakeEngine(name, log) for name in names]
+    chosen = [Entry(one.spec, one.spec.name, "core 0", 1, "2 cores" in one.spec.name) for one in engines]
     sets = bench_decode.read_prompt_sets(args.prompts, max(args.num_prompts, *args.batch_sizes))
     wanted = bench_decode.conditions(sets, args.batch_sizes, args.emulate or [None])
     measured = bench_decode.prepare(args, sets, wanted, engines[0])
@@ -239,6 +239,13 @@ def test_batches_get_enough_prompts_and_every_condition_its_own_runs() -> None:
     # Rows that are compared follow each other.
     assert all({left[0], right[0]} == {"plain", "pearl"} for left, right in zip(runs[::2], runs[1::2], strict=True))
     assert all(left[3:] == right[3:] for left, right in zip(runs[::2], runs[1::2], strict=True))
+
+
+def test_twice_the_cores_are_not_emulated() -> None:
+    (real, emulated), log = prepared("--emulate", "none", "--emulate", "20:4", names=("plain", "plain on 2 cores"))
+    assert [row.name for row in real.rows] == ["plain", "plain on 2 cores"]
+    assert [row.name for row in emulated.rows] == ["plain"]
+    assert all(one[-1] is None for one in log if one[0] == "plain on 2 cores")
 
 
 def test_a_small_file_is_used_again_with_other_ends(tmp_path: Path) -> None:
