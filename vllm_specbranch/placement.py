@@ -145,8 +145,10 @@ def make_private_directory() -> Path:
         root = Path("/tmp")
     for old in root.glob(f"{_DIRECTORY_PREFIX}*"):
         owner = old.name.removeprefix(_DIRECTORY_PREFIX).partition("-")[0]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)) and old.stat().st_uid == os.getuid():
-            shutil.rmtree(old, ignore_errors=True)
+        # Another engine that starts at the same moment may remove it first.
+        with contextlib.suppress(FileNotFoundError):
+            if owner.isdecimal() and not psutil.pid_exists(int(owner)) and old.stat().st_uid == os.getuid():
+                shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{_DIRECTORY_PREFIX}{os.getpid()}-", dir=root))
 
 

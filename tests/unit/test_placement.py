@@ -104,6 +104,20 @@ def test_a_start_that_the_system_refuses_is_tried_again_later(monkeypatch: pytes
         process.stop()
 
 
+def test_another_engine_may_remove_a_directory_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gone = tmp_path / "specbranch-4194304-x"
+    gone.mkdir()
+    monkeypatch.setattr(placement.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(placement, "LONGEST_ROOT", 1000)
+
+    def pid_exists(_: int) -> bool:
+        gone.rmdir()
+        return False
+
+    monkeypatch.setattr(placement.psutil, "pid_exists", pid_exists)
+    assert placement.make_private_directory().is_dir()
+
+
 def test_directories_of_engines_that_are_gone_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(placement.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr(placement, "LONGEST_ROOT", 1000)
