@@ -19,6 +19,11 @@ from vllm_specbranch.draft_steps import Model
 from vllm_specbranch.kv_blocks import BlockCopy
 from vllm_specbranch.token_tree import Candidates, extend_prefix
 
+# No prefix has this hash.
+NOTHING = -2
+# Copies that are put off; with more than that, what they would have copied is computed again.
+MAX_COPIES = 4096
+
 
 class RememberingModel:
     """See the top of this file. Stands in for `DraftModel`; greedy rows only.
@@ -42,7 +47,8 @@ class RememberingModel:
         shape = (num_blocks, block_size)
         self._tokens: npt.NDArray[np.int32] = np.zeros(shape, np.int32)
         self._wanted: npt.NDArray[np.int64] = np.full(shape, -1, np.int64)
-        self._held: npt.NDArray[np.int64] = np.full(shape, -2, np.int64)
+        self._held: npt.NDArray[np.int64] = np.full(shape, NOTHING, np.int64)
+        self._copies: list[BlockCopy] = []
         self._width = 0
         self._known: dict[int, tuple[array[int], array[float]]] = {}
 
@@ -51,16 +57,22 @@ class RememberingModel:
         if top_k > self._width:
             self._known.clear()
             self._width = top_k
-        for copy in copies:
-            # The KV itself is not copied: where it matters, it is computed again.
-            self._tokens[copy.destination] = self._tokens[copy.source]
-            self._wanted[copy.destination] = self._wanted[copy.source]
-            self._held[copy.destination] = -2
+        self._copy(copies)
         contexts = [self._note(row) for row in rows]
         new = {context: row for context, row in zip(contexts, rows, strict=True) if context not in self._known}
         if new:
             self._learn(new)
         return [self._candidates(context, top_k) for context in contexts]
+
+    def _copy(self, copies: Sequence[BlockCopy]) -> None:
+        """Note copies of blocks; the KV itself is copied before anything is computed again, and unchanged until then."""
+        if len(self._copies) > MAX_COPIES:
+            self._held[[copy.destination for copy in self._copies]] = NOTHING
+            self._copies.clear()
+        for copy in copies:
+            for kept in (self._tokens, self._wanted, self._held):
+                kept[copy.destination] = kept[copy.source]
+        self._copies += copies
 
     def _candidates(self, context: int, top_k: int) -> Candidates:
         ids, probs = self._known[context]
@@ -117,7 +129,8 @@ class RememberingModel:
 
     def _ask(self, batch: Sequence[tuple[int, Row]]) -> None:
         self.num_forwards += 1
-        predicted = self._model.forward([row for _, row in batch], [], self._width)
+        predicted = self._model.forward([row for _, row in batch], self._copies, self._width)
+        self._copies = []
         for (context, _), candidates in zip(batch, predicted, strict=True):
             # A long row comes in pieces; the last one is the one that counts.
             self._known[context] = (array("i", candidates.token_ids), array("d", candidates.probs))

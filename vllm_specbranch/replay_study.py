@@ -71,20 +71,33 @@ class Study:
 
     @classmethod
     def load(
-        cls, draft: str, dtype: str, recordings: Sequence[Recording], batch_size: int = 1, *, num_threads: int = 1
+        cls,
+        draft: str,
+        dtype: str,
+        recordings: Sequence[Recording],
+        batch_size: int = 1,
+        *,
+        num_threads: int = 1,
+        enforce_eager: bool = False,
     ) -> "Study":
         """Load the draft model into this process.
 
         Args:
             draft: folder of the model.
             num_threads: of its forwards, on CPUs.
+            enforce_eager: do not compile it: quicker start, slower replays.
         """
         import torch
 
         torch.set_num_threads(num_threads)
         longest = max(len(one.prompt) + len(one.tokens) for one in recordings)
         settings = DraftModelSettings(
-            draft, longest + TOKENS_BEYOND, dtype, max_num_rows=MAX_NUM_ROWS, max_num_tokens=MAX_NUM_TOKENS
+            draft,
+            longest + TOKENS_BEYOND,
+            dtype,
+            enforce_eager=enforce_eager,
+            max_num_rows=MAX_NUM_ROWS,
+            max_num_tokens=MAX_NUM_TOKENS,
         )
         model = DraftModel.load(settings)
         return cls(model, model.num_blocks, model.block_size, recordings, batch_size)

@@ -76,7 +76,14 @@ def run(settings: TuneSettings, write: Write) -> int:
         f"Target {lineup.target}\nDraft  {lineup.draft}\nMeasuring on {len(texts)} prompts; two engines start first:\n"
     )
     measured, recordings = _measure(settings, lineup, texts, write)
-    study = Study.load(lineup.draft, settings.dtype, recordings, settings.batch_size, num_threads=_num_threads(lineup))
+    study = Study.load(
+        lineup.draft,
+        settings.dtype,
+        recordings,
+        settings.batch_size,
+        num_threads=max(1, len(lineup.placement.draft_cores)),
+        enforce_eager=settings.enforce_eager,
+    )
     write("\n" + describe(measured, study) + "\n\nSearching, by replaying what was recorded (times plain decoding):\n")
     report = choose(measured, study, settings.seed, write)
     write("\n" + report.as_table() + "\n\n" + report.verdict.reason + "\n")
@@ -131,10 +138,6 @@ def _lineup(settings: TuneSettings) -> Lineup:
         # Forwards can be timed from outside on CPUs only.
         observe=not num_gpus,
     )
-
-
-def _num_threads(lineup: Lineup) -> int:
-    return max(1, len(lineup.placement.draft_cores))
 
 
 def _measure(

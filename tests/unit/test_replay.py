@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fakes import FakeDraftModel
-from vllm_specbranch import messages, replay
+from vllm_specbranch import draft_memory, messages, replay
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_memory import RememberingModel
 from vllm_specbranch.errors import SpecBranchError
@@ -314,10 +314,13 @@ def test_long_prompts_and_many_recordings_are_fed_in_parts() -> None:
 
 @patient
 @given(
-    agree_lists, st.lists(st.tuples(gammas, st.sampled_from(POLICIES), ratios), min_size=2, max_size=4), st.booleans()
+    agree_lists,
+    st.lists(st.tuples(gammas, st.sampled_from(POLICIES), ratios), min_size=2, max_size=4),
+    st.booleans(),
+    st.sampled_from([0, 3, 4096]),
 )
 def test_remembering_changes_nothing(
-    agrees: list[list[bool]], cases: list[tuple[int, dict[str, object], float]], is_tight: bool
+    agrees: list[list[bool]], cases: list[tuple[int, dict[str, object], float]], is_tight: bool, most_copies: int
 ) -> None:
     recordings = recordings_of(agrees)
     num_blocks = 30 if is_tight else NUM_BLOCKS
@@ -328,7 +331,9 @@ def test_remembering_changes_nothing(
         times = Times(ratio, 1.0)
         chosen = config(gamma, **policy)
         expected = replay.replay(chosen, bare, kv, recordings, times, 2)
-        assert replay.replay(chosen, remembering, kv, recordings, times, 2) == expected
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(draft_memory, "MAX_COPIES", most_copies)
+            assert replay.replay(chosen, remembering, kv, recordings, times, 2) == expected
     assert all(count <= 3 for count in asked.rows_per_forward)
 
 
