@@ -64,7 +64,7 @@ def as_text(measured: Measured) -> str:
     """The whole report of one condition."""
     parts = [f"=== {measured.condition.label} ===", speed_table(measured), times_note(measured.times())]
     parts += scheduling_text(measured.rows)
-    parts += ["Where an engine step went (ms):\n" + parts_table(measured)]
+    parts += ["Where an engine step went (ms, whole runs with their prefills):\n" + parts_table(measured)]
     if any(row.entry.is_ours for row in measured.rows):
         parts += [rivals_text(measured), not_slower_text(measured)]
     if measured.condition.emulation is not None:
