@@ -39,6 +39,7 @@ class Peer:
     pending: PendingReply | None = None
     last_commit_s: float | None = None
     token_s: float = 0.0
+    round_s: float = 0.0
     accepted: float = 1.0
     tried: float = 2.0
     num_requests: int = 1
@@ -53,7 +54,9 @@ class Peer:
         if batch.pace is not None:
             self.verification.observe(batch.pace.num_tokens, batch.pace.step_us / 1e6)
         if self.last_commit_s is not None and num_tokens and now_s - self.last_commit_s < LONGEST_ROUND_S:
-            token_s = (now_s - self.last_commit_s) * num_requests / num_tokens
+            round_s = now_s - self.last_commit_s
+            self.round_s = round_s if not self.round_s else self.round_s + MEAN_WEIGHT * (round_s - self.round_s)
+            token_s = round_s * num_requests / num_tokens
             self.token_s = token_s if not self.token_s else self.token_s + MEAN_WEIGHT * (token_s - self.token_s)
         self.last_commit_s = now_s
 

@@ -5,6 +5,7 @@ drive it in memory, `draft_loop` serves it. Knows nothing of vLLM. Runs in the d
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -234,7 +235,14 @@ class DraftServer(DraftSteps):
             return []
         peer = self._peers[peer_id]
         delay_s = now_s + step_s - max(now_s, pending.free_until_s)
-        costs = WaitCosts(max(0.0, delay_s), peer.token_s, peer.acceptance, max(1, len(pending.hits)))
+        one_s = self._timings.estimate_s(1)
+        costs = WaitCosts(
+            max(0.0, delay_s),
+            peer.token_s,
+            peer.acceptance,
+            max(1, len(pending.hits)),
+            peer.round_s / one_s if one_s and peer.round_s else math.inf,
+        )
         if not self._planner.worth_waiting([chunk for _, chunk in growing], costs):
             return []
         return [(request, chunk.end) for request, chunk in growing]

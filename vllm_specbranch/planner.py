@@ -60,12 +60,14 @@ class WaitCosts:
         token_s: target time per committed token of one request.
         acceptance: chance that one more drafted token is accepted, 0..1.
         num_waiting: requests of this engine step; each is delayed by a wait.
+        steps_per_round: draft steps that fit into a round; infinite before rounds were measured.
     """
 
     step_s: float
     token_s: float
     acceptance: float
     num_waiting: int
+    steps_per_round: float = math.inf
 
 
 class Planner:
@@ -165,7 +167,10 @@ class Planner:
     def worth_waiting(self, growing: Sequence[Chunk], costs: WaitCosts) -> bool:
         """Whether one more draft step before the reply pays, for the whole engine step (section 4 of the design).
 
-        One more token of a chunk saves `token_s` if it is accepted; the step delays every request of the batch.
+        One more token of a chunk saves `token_s` if it is accepted; the step delays every request of the batch. What is not waited
+        for is drafted anyway while the target verifies, and then is there for the next round: the fewer steps fit into a round, the
+        more a wait just moves tokens from one round to the next. Where they make no full chunk its gain counts in that proportion
+        (as replays show, `benchmarks/replay.py`).
 
         Args:
             growing: the chunks that the step would make longer.
@@ -173,5 +178,6 @@ class Planner:
         """
         if not growing or self._on_miss.kind != "auto":
             return bool(growing)
-        gain_s = sum(chunk.survival for chunk in growing) * costs.acceptance * costs.token_s
+        share = min(1.0, costs.steps_per_round / self._max_chunk)
+        gain_s = share * sum(chunk.survival for chunk in growing) * costs.acceptance * costs.token_s
         return gain_s > costs.num_waiting * costs.step_s

@@ -7,7 +7,8 @@ import pytest
 
 from tests.e2e.conftest import BLOCK_SIZE, RunEngine
 
-POLICIES = ("specbranch", "pearl")
+# Under load the draft side may stop on purpose, where verification costs more than it gains: here, on CPUs, a batch of 16 may be load.
+LOADED_ACCEPTANCE_LENGTH = 1.05
 Same = Callable[..., None]
 
 
@@ -26,7 +27,7 @@ def assert_drafting(status: dict[str, Any], least_acceptance_length: float = 1.3
     assert status["num_blocks_held"] == 0, "after the last request the draft server holds no block"
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ("best_first", "pearl"))
 def test_batches_of_1_4_and_16_in_separate_processes(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
 ) -> None:
@@ -34,10 +35,10 @@ def test_batches_of_1_4_and_16_in_separate_processes(
     result = run_engine(jobs, speculative={"policy": policy})
     for done in result["jobs"]:
         assert_same(done["answers"])
-    assert_drafting(result["status"])
+    assert_drafting(result["status"], LOADED_ACCEPTANCE_LENGTH)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ("specbranch", "fanout"))
 def test_batches_of_1_4_and_16_in_process_compiled(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
 ) -> None:
@@ -45,10 +46,10 @@ def test_batches_of_1_4_and_16_in_process_compiled(
     result = run_engine(jobs, speculative={"policy": policy}, in_process=True, enforce_eager=False)
     for done in result["jobs"]:
         assert_same(done["answers"])
-    assert_drafting(result["status"])
+    assert_drafting(result["status"], LOADED_ACCEPTANCE_LENGTH)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", ("best_first", "specbranch"))
 def test_chunked_prefill_prefix_hits_preemptions_and_a_killed_draft_server(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
 ) -> None:

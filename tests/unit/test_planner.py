@@ -134,6 +134,14 @@ def test_waiting_is_weighed_for_the_whole_step() -> None:
     assert not rule.worth_waiting([], WaitCosts(0.0, 1.0, 1.0, 1))
 
 
+def test_where_the_draft_is_the_bottleneck_a_wait_gains_less() -> None:
+    rule = planner(on_miss="auto", num_speculative_tokens=8)
+    growing = [Chunk(0, 0, False, 1.0)]
+    for steps_per_round, expected in ((100.0, True), (8.0, True), (4.0, True), (3.0, False)):
+        costs = WaitCosts(0.002, 0.01, 0.5, 1, steps_per_round)
+        assert rule.worth_waiting(growing, costs) is expected
+
+
 @given(
     step_s=st.floats(1e-5, 1.0),
     token_s=st.floats(1e-5, 1.0),
