@@ -79,16 +79,19 @@ class AcceptanceModel:
         top = candidates.probs[:1]
         return (self._replaced if is_sampled else self._greedy).estimate(top[0], top)[0]
 
-    def outcomes(self, candidates: Candidates, *, is_sampled: bool, is_inside: bool) -> list[float]:
+    def outcomes(
+        self, candidates: Candidates, *, is_sampled: bool, is_inside: bool, most: int = MAX_RANKS
+    ) -> list[float]:
         """The chance of each candidate to be the target's token, where the chunk ends there.
 
         Args:
+            most: look at so many candidates.
             is_inside: a draft token follows and is verified: then these are the chances that this candidate replaces it.
 
         Returns:
-            One value for each of the first `MAX_RANKS` candidates.
+            One value for each of the first candidates.
         """
-        probs = candidates.probs[:MAX_RANKS]
+        probs = candidates.probs[:most]
         if not is_sampled:
             found = self._greedy.estimate(probs[0], probs)
             return [0.0, *found[1:]] if is_inside else found

@@ -12,7 +12,7 @@ the planner's. Draft server process.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vllm_specbranch.acceptance import AcceptanceModel
+from vllm_specbranch.acceptance import MAX_RANKS, AcceptanceModel
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.token_tree import Node, TokenTree
 
@@ -20,6 +20,13 @@ from vllm_specbranch.token_tree import Node, TokenTree
 FANOUT_EXPONENT = 1.0
 # An outcome less likely than this is not worth a KV sequence.
 MIN_VALUE = 0.003
+
+
+def num_ranks(config: SpecBranchConfig) -> int:
+    """How many candidates of a node a policy looks at. Forks inside a chunk are many, but hardly any of a high rank."""
+    if config.policy in ("pearl", "specbranch"):
+        return config.max_branches
+    return min(config.max_branches + 1, MAX_RANKS)  # Inside a chunk one of them is the draft token itself.
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +52,7 @@ class Branching:
         self._is_fixed = config.branch_rule == "fixed"
         self._max_chunk = config.num_speculative_tokens
         self._acceptance = acceptance
+        self._most = num_ranks(config)
 
     def num_branches(self, confidence: float) -> int:
         """k = max(1, floor(k_max (1 - q))), arXiv:2506.01979 section 5; k_max with the fixed rule.
@@ -83,7 +91,9 @@ class Branching:
         """The chance of each child's token to be the target's, given that the node is reached."""
         assert node.candidates is not None
         is_inside = node.node_id != end
-        outcomes = self._acceptance.outcomes(node.candidates, is_sampled=is_sampled, is_inside=is_inside)
+        outcomes = self._acceptance.outcomes(
+            node.candidates, is_sampled=is_sampled, is_inside=is_inside, most=self._most
+        )
         chances = dict(zip(node.candidates.token_ids, outcomes, strict=False))
         if is_inside:
             chances[node.choice] = node.accepted
@@ -136,7 +146,9 @@ class Branching:
         if node.candidates is None:
             return
         is_inside = node_id != end
-        chances = self._acceptance.outcomes(node.candidates, is_sampled=is_sampled, is_inside=is_inside)
+        chances = self._acceptance.outcomes(
+            node.candidates, is_sampled=is_sampled, is_inside=is_inside, most=self._most
+        )
         for token, chance in zip(node.candidates.token_ids, chances, strict=False):
             if not (is_inside and token == node.choice):
                 yield Fork(node_id, token, node.value * chance)

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_specbranch.acceptance import AcceptanceModel
-from vllm_specbranch.branching import Branching
+from vllm_specbranch.branching import Branching, num_ranks
 from vllm_specbranch.config import OnMiss, SpecBranchConfig
 from vllm_specbranch.token_tree import Candidates, TokenTree
 
@@ -79,7 +79,7 @@ class Planner:
 
     def __init__(self, config: SpecBranchConfig) -> None:
         self._max_chunk = config.num_speculative_tokens
-        self._max_branches = config.max_branches
+        self._num_ranks = num_ranks(config)
         self._weighs_rows = config.policy == "best_first" and not config.deterministic
         # PEARL has no such rule, and measured times must not matter where drafts have to repeat themselves.
         self.weighs_load = config.policy != "pearl" and not config.deterministic
@@ -95,7 +95,7 @@ class Planner:
     @property
     def num_candidates(self) -> int:
         """How many top candidates a draft step must return for a greedy row; a sampled one gets its whole distribution."""
-        return max(self._max_branches, ENTROPY_CANDIDATES) if self._stop_rule == "adaedl" else self._max_branches
+        return max(self._num_ranks, ENTROPY_CANDIDATES) if self._stop_rule == "adaedl" else self._num_ranks
 
     def score(self, candidates: Candidates) -> float:
         """What the stop rule compares with its threshold: a function of the distribution, never of a token drawn from it.

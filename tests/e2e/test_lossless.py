@@ -7,7 +7,7 @@ import pytest
 
 from tests.e2e.conftest import BLOCK_SIZE, RunEngine
 
-# Under load the draft side may stop on purpose, where verification costs more than it gains: here, on CPUs, a batch of 16 may be load.
+# Under load the draft side stops where verification costs more than it gains; on CPUs a batch of 16 may be load enough.
 LOADED_ACCEPTANCE_LENGTH = 1.05
 Same = Callable[..., None]
 
