@@ -150,7 +150,12 @@ class Engine:
 
 
 def make_engine(num_blocks: int = 400, limits: Limits | None = None, **keys: object) -> Engine:
-    user: dict[str, object] = {"model": "draft", "num_speculative_tokens": 4, "max_branches": 4} | keys
+    user: dict[str, object] = {
+        "model": "draft",
+        "policy": "specbranch",
+        "num_speculative_tokens": 4,
+        "max_branches": 4,
+    } | keys
     if user.get("policy") == "pearl":
         del user["max_branches"]
     config = SpecBranchConfig.from_user(user)

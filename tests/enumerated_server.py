@@ -295,7 +295,7 @@ def _config(settings: tuple[tuple[str, object], ...]) -> SpecBranchConfig:
 
 def settings_of(serving: Serving) -> SpecBranchConfig:
     """The server's settings."""
-    user = {"model": "draft", "num_speculative_tokens": serving.rules.gamma, **serving.settings}
+    user = {"model": "draft", "policy": "specbranch", "num_speculative_tokens": serving.rules.gamma, **serving.settings}
     return _config(tuple(user.items()))
 
 

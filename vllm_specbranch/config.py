@@ -28,12 +28,12 @@ MAX_AUTO_REPLY_TIMEOUT_MS = 50.0
 # Of 1 - sqrt(0.2 H): about 2.5 nats.
 ADAEDL_THRESHOLD = 0.3
 
-# What differs from the defaults of `SpecBranchConfig`. PEARL submits all it has, has no second candidate, and goes on empty after a
-# miss; where forks are inside a chunk as well, nothing is gained by ending it early.
+# What differs from the defaults of `SpecBranchConfig`, which are those of `best_first`. PEARL submits all it has, has no second
+# candidate, and goes on empty after a miss; SpecBranch ends a chunk early, since its forks are at the end of the chunk only.
 _POLICY_DEFAULTS: Mapping[str, Mapping[str, object]] = {
-    "pearl": {"stop_rule": "none", "on_miss": "go", "max_branches": 1},
-    "fanout": {"stop_rule": "none", "max_branches": 16},
-    "best_first": {"stop_rule": "none", "max_branches": 32},
+    "pearl": {"on_miss": "go", "max_branches": 1},
+    "specbranch": {"stop_rule": "confidence", "max_branches": 8},
+    "fanout": {"max_branches": 16},
 }
 
 EXAMPLE_SETTINGS = '{"model": "path or hub id of the draft model", "num_speculative_tokens": 8}'
@@ -64,8 +64,8 @@ class SpecBranchConfig:
         branch_rule: of `specbranch`: fewer branches where the draft is sure of itself (`adaptive`), or always `max_branches`.
         stop_rule: what ends a chunk: the draft's top probability (`confidence`), a bound on the acceptance probability from its
             entropy (`adaedl`, arXiv:2410.18351), or its length alone (`none`).
-        stop_threshold: value of the rule below which the chunk ends (the paper's epsilon), 0..1. The default is low because small
-            drafts are unsure more often than wrong: on the shipped pair 0.1 accepts far more.
+        stop_threshold: value of the rule below which the chunk ends (the paper's epsilon), 0..1; alone it means `confidence`. The
+            default is low because small drafts are unsure more often than wrong: on the shipped pair 0.1 accepts far more.
         on_miss: see `OnMiss`.
         draft_sample_method: drafts of requests with temperature > 0: drawn from the draft's own distribution at that temperature
             (`probabilistic`), or its most likely tokens (`greedy`). Both are lossless.
@@ -85,10 +85,10 @@ class SpecBranchConfig:
 
     model: str
     num_speculative_tokens: int = 8
-    policy: PolicyName = "specbranch"
-    max_branches: int = 8
+    policy: PolicyName = "best_first"
+    max_branches: int = 32
     branch_rule: BranchRule = "adaptive"
-    stop_rule: StopRule = "confidence"
+    stop_rule: StopRule = "none"
     stop_threshold: float = 0.1
     on_miss: OnMiss = OnMiss("auto")
     draft_sample_method: SampleMethod = "probabilistic"
@@ -124,6 +124,9 @@ class SpecBranchConfig:
             raise ConfigError(given.get("model"), "the path or hub id of the draft model (required)", "model")
         policy = _PARSERS["policy"](given.get("policy", cls.policy), "policy")
         defaults: dict[str, object] = dict(_POLICY_DEFAULTS.get(str(policy), {}))
+        if given.get("stop_threshold") is not None:
+            # Who gives a threshold wants a rule that uses it.
+            defaults["stop_rule"] = "confidence"
         if given.get("stop_rule") == "adaedl":
             # Another scale: 0.1 would be an entropy of 4 nats.
             defaults["stop_threshold"] = ADAEDL_THRESHOLD

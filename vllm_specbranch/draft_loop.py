@@ -71,11 +71,11 @@ class _Forwards:
     def take(self) -> list[Candidates] | None:
         """What the forward that was started last predicts; None while it is under way."""
         try:
-            found = self._results.get_nowait()
-        except queue.Empty:
+            os.eventfd_read(self.done_fd)
+        except BlockingIOError:
             return None
-        os.eventfd_read(self.done_fd)
-        return found
+        # It was put there before the descriptor became readable. None is there when a forward has failed.
+        return None if self.is_over else self._results.get()
 
     def close(self) -> None:
         """Let go of the descriptor."""

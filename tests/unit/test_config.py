@@ -13,10 +13,29 @@ from vllm_specbranch.errors import ConfigError
 
 def test_defaults_are_those_of_the_design() -> None:
     config = SpecBranchConfig.from_user({"method": "specbranch", "model": "draft"})
-    assert (config.num_speculative_tokens, config.policy, config.max_branches) == (8, "specbranch", 8)
-    assert (config.stop_rule, config.stop_threshold, config.on_miss) == ("confidence", 0.1, OnMiss("auto"))
+    assert (config.num_speculative_tokens, config.policy, config.max_branches) == (8, "best_first", 32)
+    assert (config.stop_rule, config.stop_threshold, config.on_miss) == ("none", 0.1, OnMiss("auto"))
     assert config.draft_placement == "process"
     assert config.reply_timeout_ms is None
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"), [("specbranch", ("confidence", 8)), ("fanout", ("none", 16)), ("pearl", ("none", 1))]
+)
+def test_each_policy_has_its_own_defaults(policy: str, expected: tuple[str, int]) -> None:
+    config = SpecBranchConfig.from_user({"model": "draft", "policy": policy})
+    assert (config.stop_rule, config.max_branches) == expected
+    given = SpecBranchConfig.from_user({"model": "draft", "policy": policy, "stop_threshold": 0.4})
+    assert (given.stop_rule, given.stop_threshold) == ("confidence", 0.4), "a threshold without a rule would do nothing"
+
+
+def test_a_fixed_number_of_branches_is_a_matter_of_one_policy() -> None:
+    assert (
+        SpecBranchConfig.from_user({"model": "m", "policy": "specbranch", "branch_rule": "fixed"}).branch_rule
+        == "fixed"
+    )
+    with pytest.raises(ConfigError, match="branch_rule"):
+        SpecBranchConfig.from_user({"model": "m", "branch_rule": "fixed"})
 
 
 def test_pearl_has_its_own_defaults_and_none_of_them_silently_wins_over_the_user() -> None:

@@ -1,5 +1,6 @@
 """The loop of the draft server: two threads, real sockets, no model."""
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -102,6 +103,36 @@ def test_drafting_goes_on_between_messages_and_is_found_at_the_next_commit(
     thread.join(TIMEOUT_MS / 1e3)
     assert not thread.is_alive()
     server.check_integrity()
+
+
+def test_many_quick_forwards_are_all_taken(ends: tuple[ClientChannel, ServerEndpoint]) -> None:
+    """The two threads hand over thousands of results, at any moment of each other's work."""
+    client, endpoint = ends
+    model = FakeDraftModel(64, BLOCK_SIZE, confidences=(0.95,))
+    _, thread = served(model, endpoint)
+    client.send(messages.Hello("s", 50, 500))
+    assert isinstance(client.recv(TIMEOUT_MS), messages.Ready)
+    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    position, until_s = 3, time.monotonic() + 3.0
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(1, 100_000):
+            client.send(messages.CommitBatch(number, 0.0, [messages.Commit("a", position, [number % 50], 0)], None))
+            reply = client.recv(TIMEOUT_MS)
+            assert isinstance(reply, messages.DraftBatch) and reply.round == number, f"after {model.num_forwards}"
+            position += 1
+            if position == 100:
+                client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+                position = 3
+            if time.monotonic() > until_s:
+                break
+    finally:
+        sys.setswitchinterval(interval_s)
+    assert model.num_forwards > 500
+    client.send(messages.Shutdown())
+    thread.join(TIMEOUT_MS / 1e3)
+    assert not thread.is_alive()
 
 
 def test_a_forward_that_fails_ends_the_server() -> None:

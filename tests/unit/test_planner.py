@@ -13,7 +13,9 @@ from vllm_specbranch.token_tree import Candidates, TokenTree
 
 
 def planner(**keys: object) -> Planner:
-    return Planner(SpecBranchConfig.from_user({"model": "m", "num_speculative_tokens": 4} | keys))
+    return Planner(
+        SpecBranchConfig.from_user({"model": "m", "policy": "specbranch", "num_speculative_tokens": 4} | keys)
+    )
 
 
 def feed(tree: TokenTree, node_id: int, ids: tuple[int, ...], probs: tuple[float, ...], choice: int = 0) -> None:
