@@ -45,9 +45,8 @@ class Limits:
 
 @dataclass(slots=True)
 class StepTimings:
-    """How long draft steps take, as running means: over all, by number of rows, and per token of a prefill chunk."""
+    """How long draft steps take: by number of rows as running means and as a line, and per token of a prefill chunk."""
 
-    step_s: float = 0.0
     step_s_by_rows: dict[int, float] = field(default_factory=dict)
     prefill_token_s: float = 0.0
     rows: LinearCost = field(default_factory=LinearCost)
@@ -63,7 +62,6 @@ class StepTimings:
         known = self.step_s_by_rows.get(num_rows)
         mean = duration_s if known is None else known + MEAN_WEIGHT * (duration_s - known)
         self.step_s_by_rows[num_rows] = mean
-        self.step_s = duration_s if not self.step_s else self.step_s + MEAN_WEIGHT * (duration_s - self.step_s)
 
     def observe_prefill(self, num_tokens: int, duration_s: float) -> None:
         """Take in one step that held a prefill chunk; decode rows beside it make the estimate careful."""
@@ -77,5 +75,5 @@ class StepTimings:
         return max(MAX_DECODE_TOKENS + 1, min(most, int(PREFILL_STEP_S / self.prefill_token_s)))
 
     def estimate_s(self, num_rows: int) -> float:
-        """Seconds that a step of `num_rows` takes; the mean over all steps where none was measured."""
-        return self.step_s_by_rows.get(num_rows, self.step_s)
+        """Seconds that a step of `num_rows` takes, by the line through all measured steps; 0 before there was one."""
+        return self.rows.estimate_s(num_rows)
