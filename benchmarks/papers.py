@@ -334,7 +334,7 @@ def as_text(chosen: Mapping[str, Measurement | None], prompt_set: str) -> str:
             "SpS: in [] its best number of draft tokens. It and plain have one device; the others one more, for the draft.\n"
             f"Where c is capped at {MOST_C:g} SpS looks too slow: without the cap drafting would be a smaller part of its rounds.\n"
             "Papers' figures: arXiv:2506.01979; real GPUs, another engine, other text and alpha. Mean: HumanEval, GSM8K, CNN/DM.\n"
-            "The papers' SpecBranch has a trained length head, ours by default none. Pairs of one c and alignment show one measurement.\n"
+            "The papers' SpecBranch has a trained length head, ours by default none. Same c and pair of ours: same numbers.\n"
             "Compare the methods within a line, not our number with the paper's.",
             *(["\n".join(notes)] if notes else []),
         ]
