@@ -49,9 +49,12 @@ class DeterministicDraftServer(DraftServer):
         return super().handle(peer, message)
 
     def _take_in(self) -> list[Reply]:
-        """Take in queued messages until one owes draft steps or a reply."""
+        """Take in queued messages until one owes draft steps or a reply, or opens a request that has to be prefilled.
+
+        How far a prefill has come when the next message arrives is a matter of time, and their order changes what is drafted.
+        """
         replies: list[Reply] = []
-        while self._queue and not self._steps_owed and not self.has_pending:
+        while self._queue and not self._steps_owed and not self.has_pending and not self._has_prefill():
             peer, message = self._queue.popleft()
             try:
                 replies += super().handle(peer, message)
@@ -97,6 +100,9 @@ class DeterministicDraftServer(DraftServer):
         if self.has_pending or self._steps_owed:
             return super()._wanted()
         return []
+
+    def _has_prefill(self) -> bool:
+        return any(self._prefill_work(one) is not None for one in self._requests.values())
 
     def _prefill_work(self, request: DraftRequest) -> Work | None:
         """The next chunk of a request's prefill, of a fixed size."""

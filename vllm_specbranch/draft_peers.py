@@ -67,6 +67,11 @@ class Peer:
         self.tried = keep * self.tried + num_accepted + (num_accepted < num_draft_tokens)
 
     @property
+    def verification_s(self) -> float:
+        """How long the target is busy in one round, without waits for drafts; 0 before it was measured."""
+        return self.verification.mean_s or self.round_s
+
+    @property
     def price(self) -> float:
         """The least chance of acceptance that pays for the verification of one more token of one request.
 

@@ -241,7 +241,7 @@ class DraftServer(DraftSteps):
             peer.token_s,
             peer.acceptance,
             max(1, len(pending.hits)),
-            peer.round_s / one_s if one_s and peer.round_s else math.inf,
+            peer.verification_s / one_s if one_s and peer.verification_s else math.inf,
         )
         if not self._planner.worth_waiting([chunk for _, chunk in growing], costs):
             return []

@@ -16,7 +16,7 @@ from vllm_specbranch.replay import Recording, Times, replay
 from vllm_specbranch.replay_study import TOKENS_BEYOND, Study, recordings_of
 
 NUM_TOKENS = 48
-POLICIES = ("pearl", "specbranch")
+POLICIES = ("best_first", "specbranch")
 COUNTED = ("num_rounds", "num_hits", "num_kept_tokens")
 Runs = tuple[list[Recording], dict[str, RunResult]]
 

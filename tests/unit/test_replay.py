@@ -53,12 +53,12 @@ def fake(num_blocks: int = NUM_BLOCKS) -> tuple[SteadyModel, KVBlocks]:
     return SteadyModel(num_blocks, BLOCK_SIZE), KVBlocks(num_blocks, BLOCK_SIZE)
 
 
-def recordings_of(agrees: Sequence[Sequence[bool]], num_beyond: int = 0) -> list[Recording]:
+def recordings_of(agrees: Sequence[Sequence[bool]], num_beyond: int = 0, num_prompt_tokens: int = 3) -> list[Recording]:
     """Recordings whose tokens are the draft's first choice where `agrees` says so, else its second."""
     model, _ = fake()
     made = []
     for index, choices in enumerate(agrees):
-        prompt = [index, 1, 2]
+        prompt = [index, *range(1, num_prompt_tokens)]
         tokens: list[int] = []
         for agree in choices:
             tokens.append(model.predict([*prompt, *tokens], 2).token_ids[0 if agree else 1])
@@ -230,12 +230,12 @@ def test_the_server_is_told_the_recorded_path(
 
 
 @patient
-@given(agree_lists, gammas, st.sampled_from(POLICIES), st.integers(1, 3))
+@given(agree_lists, gammas, st.sampled_from(POLICIES), st.integers(1, 3), st.sampled_from([3, 40]))
 def test_deterministic_counts_do_not_depend_on_time(
-    agrees: list[list[bool]], gamma: int, policy: dict[str, object], batch_size: int
+    agrees: list[list[bool]], gamma: int, policy: dict[str, object], batch_size: int, num_prompt_tokens: int
 ) -> None:
     chosen = config(gamma, deterministic=True, **policy)
-    recordings = recordings_of(agrees)
+    recordings = recordings_of(agrees, num_prompt_tokens=num_prompt_tokens)
     results = [run(chosen, recordings, Times(target_ms, 1.0), batch_size) for target_ms in (1.0, 3.7, 50.0)]
     # Not its steps: a last one may be under way.
     names = (
@@ -374,7 +374,9 @@ def test_a_late_reply_costs_the_timeout_once() -> None:
 def test_waiting_is_counted() -> None:
     recordings = recordings_of([[False] * 6])
     result = run(
-        config(on_miss="wait:1", stop_rule="none", max_branches=1), recordings, Times(10.0, 1.0, draft_token_cost=0.0)
+        config(policy="specbranch", on_miss="wait:1", stop_rule="none", max_branches=1),
+        recordings,
+        Times(10.0, 1.0, draft_token_cost=0.0),
     )
     assert result.wait_s == pytest.approx(5 * 1e-3)
     assert result.time_s == pytest.approx(6 * 10e-3 + result.wait_s)
