@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import msgspec
+
 from vllm_specbranch.compare import Difference
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.lineup import Lineup, Placement
@@ -29,9 +31,10 @@ ABLATIONS: Mapping[str, Mapping[str, Any]] = {
     "fixed k": {"branch_rule": "fixed"},
 }
 # `plain` is always there, as the baseline. `async_off` is plain vLLM without asynchronous scheduling, which our method turns off;
-# where vLLM never schedules asynchronously (CPUs), it is a second plain engine, and its ratio shows the noise of the run. `wide`
+# where vLLM never schedules asynchronously (CPUs), it is a second plain engine, and its ratio shows the noise of the run.
+# `no_plugin` is plain vLLM that does not load this project at all: what being installed and not chosen costs. `wide`
 # adds plain and draft_model on the cores of target and draft together: as many devices as our rows have; not under emulation.
-GROUPS = (BASELINE, "async_off", SEQUENTIAL, "ngram", *POLICIES, "ablations", WIDE)
+GROUPS = (BASELINE, "async_off", "no_plugin", SEQUENTIAL, "ngram", *POLICIES, "ablations", WIDE)
 DEFAULT_GROUPS = (BASELINE, "async_off", SEQUENTIAL, "ngram", PEARL, "specbranch", "best_first", WIDE)
 
 
@@ -180,6 +183,9 @@ def _plain(lineup: Lineup, groups: Sequence[str]) -> Iterator[Entry]:
     if "async_off" in groups:
         spec = lineup.plain(f"{BASELINE}, async off", async_scheduling=False)
         yield Entry(spec, "async_off", runs_on, num_devices)
+    if "no_plugin" in groups:
+        spec = msgspec.structs.replace(lineup.plain(f"{BASELINE}, no plugin"), plugins=False)
+        yield Entry(spec, "no_plugin", runs_on, num_devices)
 
 
 def _sequential(lineup: Lineup, groups: Sequence[str], gammas: Sequence[int], is_wide: bool) -> Iterator[Entry]:

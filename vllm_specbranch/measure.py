@@ -321,6 +321,8 @@ def _environment(spec: EngineSpec) -> dict[str, str]:
     }
     if spec.cores:
         overrides["OMP_NUM_THREADS"] = str(len(spec.cores))
+    if not spec.plugins:
+        overrides["VLLM_PLUGINS"] = ""
     if spec.visible_devices is not None:
         overrides["CUDA_VISIBLE_DEVICES"] = spec.visible_devices
     environment = child_environment(overrides, _REMOVED_VARIABLES)

@@ -51,6 +51,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
         gpu_memory_utilization: vLLM's, for GPUs; None leaves vLLM's default.
         observe: note every forward of both models (`RunResult.target_forwards`, `draft_forwards`), and allow `Run.emulation`.
         arguments: further arguments of `LLM`; they win over those made of this spec.
+        plugins: whether vLLM loads its plugins, of which this project is one.
     """
 
     name: str
@@ -67,6 +68,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     gpu_memory_utilization: float | None = None
     observe: bool = False
     arguments: dict[str, Any] = {}
+    plugins: bool = True
 
 
 class Encode(msgspec.Struct, tag=True, frozen=True):

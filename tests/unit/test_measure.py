@@ -209,6 +209,8 @@ def test_environment_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert environment["OMP_NUM_THREADS"] == "2" and environment["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
     assert "VLLM_CPU_KVCACHE_SPACE" not in environment
     assert environment["LD_PRELOAD"].startswith("/mine.so")
+    assert "VLLM_PLUGINS" not in environment
+    assert measure._environment(EngineSpec("a", "m", plugins=False))["VLLM_PLUGINS"] == ""
     gpu = measure._environment(EngineSpec("a", "m", visible_devices="1"))
     assert gpu["CUDA_VISIBLE_DEVICES"] == "1" and gpu["LD_PRELOAD"] == "/mine.so"
 
