@@ -61,9 +61,13 @@ class AcceptanceModel:
 
     A sampled token is accepted or replaced: what replaces it follows the residual (p - q)+, not q, so these ranks are counted by
     themselves; the bonus token after a chunk follows the target's own distribution.
+
+    Args:
+        learns: False where drafts must not depend on what was served before: then the draft is believed.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, learns: bool = True) -> None:
+        self._learns = learns
         self._greedy = _Calibration(MAX_RANKS)
         self._bonus = _Calibration(MAX_RANKS)
         self._replaced = _Calibration(MAX_RANKS + 1)
@@ -103,6 +107,8 @@ class AcceptanceModel:
         self, candidates: Candidates, token: int, *, is_sampled: bool, is_inside: bool, is_accepted: bool
     ) -> None:
         """Take in the token that the target committed after these candidates."""
+        if not self._learns:
+            return
         probs = candidates.probs[:MAX_RANKS]
         if is_inside:
             self._num_accepted = FADING * self._num_accepted + is_accepted

@@ -83,7 +83,7 @@ class Planner:
         self._weighs_rows = config.policy == "best_first" and not config.deterministic
         # PEARL has no such rule, and measured times must not matter where drafts have to repeat themselves.
         self.weighs_load = config.policy != "pearl" and not config.deterministic
-        self.acceptance = AcceptanceModel()
+        self.acceptance = AcceptanceModel(learns=not config.deterministic)
         self.branching = Branching(config, self.acceptance)
         self._stop_rule = config.stop_rule
         self._threshold = 0.0 if config.stop_rule == "none" else config.stop_threshold

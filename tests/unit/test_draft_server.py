@@ -340,3 +340,19 @@ def test_a_price_above_all_worth_ends_drafting_and_scouts_go_on() -> None:
         submitted.append(sum(bool(draft) for draft in engine.drafts.values()))
     assert 0 < sum(submitted) <= 2 * 8
     assert sum(steps) <= 2 * 9
+
+
+@pytest.mark.parametrize("policy", ["pearl", "specbranch", "fanout", "best_first"])
+def test_deterministic_drafts_do_not_depend_on_what_was_served_before(policy: str) -> None:
+    engine = make_engine(policy=policy, deterministic=True)
+    runs = []
+    for _ in range(3):
+        rng = random.Random(3)
+        engine.open("a", [1, 2, 3])
+        chunks = []
+        for _ in range(12):
+            engine.commit({"a": engine.follow("a", rng.randint(0, len(engine.drafts["a"])), rng.choice([None, 7]))})
+            chunks.append((engine.drafts["a"], engine.hits["a"]))
+        engine.close("a")
+        runs.append(chunks)
+    assert runs == runs[:1] * 3
