@@ -28,8 +28,8 @@ class _Calibration:
 
     def __init__(self, num_slots: int) -> None:
         num_ranges = len(CONFIDENCE_RANGES) + 1
-        self._observed = [[PRIOR_EVENTS] * num_slots for _ in range(num_ranges)]
-        self._predicted = [[PRIOR_EVENTS] * num_slots for _ in range(num_ranges)]
+        self._observed = [[0.0] * num_slots for _ in range(num_ranges)]
+        self._predicted = [[0.0] * num_slots for _ in range(num_ranges)]
         self._last = num_slots - 1
 
     def estimate(self, confidence: float, predicted: Sequence[float]) -> list[float]:
@@ -37,7 +37,7 @@ class _Calibration:
         place = bisect_right(CONFIDENCE_RANGES, confidence)
         observed, expected, last = self._observed[place], self._predicted[place], self._last
         found = [
-            prob * observed[slot] / expected[slot]
+            prob * (observed[slot] + PRIOR_EVENTS) / (expected[slot] + PRIOR_EVENTS)
             for slot, prob in zip((*range(last), *[last] * max(0, len(predicted) - last)), predicted, strict=False)
         ]
         total = sum(found)

@@ -77,9 +77,12 @@ class Branching:
             chances = self._chances(node, end, is_sampled=is_sampled) if node.children else {}
             for token, child_id in node.children.items():
                 child = tree.node(child_id)
-                child.value = node.value * chances.get(token, 0.0)
+                chance = chances.get(token, 0.0)
+                if is_sampled and node.node_id not in on_chunk:
+                    chance = float(token == node.choice)
+                child.value = node.value * chance
                 is_fork = node.node_id in on_chunk and child_id not in on_chunk
-                child.survival = 1.0 if is_fork else node.survival * chances.get(token, 0.0)
+                child.survival = 1.0 if is_fork else node.survival * chance
                 child.deepest = self._deepest(node) if is_fork or child_id in on_chunk else node.deepest
                 stack.append(child_id)
 
@@ -104,25 +107,34 @@ class Branching:
         child = tree.node(child_id)
         child.value, child.survival, child.deepest = fork.value, 1.0, self._deepest(tree.node(fork.node_id))
 
-    def extensions(self, tree: TokenTree, end: int, price: float = 0.0) -> list[tuple[int, int]]:
+    def grow_chunk(self, tree: TokenTree, child_id: int) -> None:
+        """Mark a node that makes the coming chunk longer, which has just been added."""
+        tree.node(child_id).deepest = self._deepest(tree.node(tree.root))
+
+    def extensions(self, tree: TokenTree, end: int, *, is_sampled: bool, price: float = 0.0) -> list[tuple[int, int]]:
         """Fed leaves off the chunk that get their choice appended now, as (leaf, token); best first below each node.
 
+        How far a branch of a sampled request grows must not depend on what is drawn in it: when KV blocks run short it is dropped
+        with what was drawn, and whether they run short depends on its length (rule 2 of the design, section 3).
+
         Args:
-            price: no token is drafted that is less likely to be accepted, once its outcome has come (see `Planner.chunk`).
+            price: no token of a greedy request is drafted that is less likely to be accepted, once its outcome has come (see
+                `Planner.chunk`).
         """
         found = []
         for leaf in tree.leaves():
             node = tree.node(leaf)
             if leaf == end or node.candidates is None or node.position >= node.deepest:
                 continue
-            if node.survival * node.accepted >= price:
+            if is_sampled or node.survival * node.accepted >= price:
                 found.append((leaf, node.choice))
         return found
 
-    def grow_extension(self, tree: TokenTree, leaf: int, child_id: int) -> None:
-        """Mark the node of an extension, which has just been added."""
+    def grow_extension(self, tree: TokenTree, leaf: int, child_id: int, *, is_sampled: bool) -> None:
+        """Mark the node of an extension, which has just been added. In a branch of a sampled request all are worth the same."""
         node, child = tree.node(leaf), tree.node(child_id)
-        child.value, child.survival = node.value * node.accepted, node.survival * node.accepted
+        chance = 1.0 if is_sampled else node.accepted
+        child.value, child.survival = node.value * chance, node.survival * chance
         child.deepest = node.deepest
 
     def forks(self, tree: TokenTree, end: int, *, is_sampled: bool, most: int | None = None) -> list[Fork]:

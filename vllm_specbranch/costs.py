@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 FADING = 0.99
 # With less spread of the amounts than this, measured times say nothing about the slope.
-MIN_VARIANCE = 0.25
+MIN_VARIANCE = 0.05
+LONGEST_STEP = 4.0
 MIN_WEIGHT = 8.0
 
 
@@ -29,8 +30,9 @@ class LinearCost:
 
     def observe(self, amount: float, duration_s: float) -> None:
         """Take in one measured pair."""
-        if self._weight > MIN_WEIGHT and duration_s > 4 * self.mean_s:
-            return  # Not the device: something else had the processor.
+        if self._weight > MIN_WEIGHT:
+            # More is not the device: something else had the processor. Should it last, the mean follows in steps.
+            duration_s = min(duration_s, LONGEST_STEP * self.mean_s)
         self._weight = FADING * self._weight + 1.0
         rate = 1.0 / self._weight
         away, late = amount - self.mean_amount, duration_s - self.mean_s

@@ -8,9 +8,11 @@ begun, which at the pace of a large draft model is several milliseconds. Runs in
     calling thread                              [ forward on the draft device ]                              [ ...
 """
 
+import logging
 import os
 import queue
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from vllm_specbranch.draft_server import DraftServer, Reply
@@ -19,13 +21,30 @@ from vllm_specbranch.errors import WireError
 from vllm_specbranch.token_tree import Candidates
 from vllm_specbranch.transport import ServerEndpoint
 
+logger = logging.getLogger("vllm.specbranch.draft_loop")
+
 IDLE_WAIT_MS = 500.0
 
 
-def serve(server: DraftServer, endpoint: ServerEndpoint) -> None:
+# A forward that takes this long never ends: the device hangs. What has been silent for so long is killed by the engine as well.
+LONGEST_FORWARD_S = 10.0
+# Exit status of a process whose forward hangs; its supervisor starts another.
+EXIT_HUNG = 70
+
+
+def end_process() -> None:
+    """End this process at once: a thread that hangs in a forward cannot be ended by itself."""
+    logger.error("A forward of the draft model has not ended for %.0f s; the draft server ends.", LONGEST_FORWARD_S)
+    os._exit(EXIT_HUNG)
+
+
+def serve(server: DraftServer, endpoint: ServerEndpoint, on_hang: Callable[[], None] = end_process) -> None:
     """Answer messages and draft in between, until told to shut down.
 
     Blocks while there is nothing to draft.
+
+    Args:
+        on_hang: called when a forward does not end.
     """
     if not server.takes_messages_in_flight:
         _serve_by_turns(server, endpoint)
@@ -33,7 +52,7 @@ def serve(server: DraftServer, endpoint: ServerEndpoint) -> None:
     forwards = _Forwards(server)
     endpoint.watch(forwards.done_fd)
     with ThreadPoolExecutor(1, "server") as pool:
-        served = pool.submit(_serve_in_flight, server, endpoint, forwards)
+        served = pool.submit(_serve_in_flight, server, endpoint, forwards, on_hang)
         forwards.run()
         served.result()
     forwards.close()
@@ -82,7 +101,9 @@ class _Forwards:
         os.close(self.done_fd)
 
 
-def _serve_in_flight(server: DraftServer, endpoint: ServerEndpoint, forwards: _Forwards) -> None:
+def _serve_in_flight(
+    server: DraftServer, endpoint: ServerEndpoint, forwards: _Forwards, on_hang: Callable[[], None]
+) -> None:
     """The server thread."""
     try:
         while not server.is_stopping:
@@ -93,10 +114,16 @@ def _serve_in_flight(server: DraftServer, endpoint: ServerEndpoint, forwards: _F
                 _take_in(server, endpoint, 0.0 if server.has_pending else IDLE_WAIT_MS)
                 continue
             forwards.start(batch)
+            hangs_at_s = time.monotonic() + LONGEST_FORWARD_S
             while (candidates := forwards.take()) is None:
                 if forwards.is_over:
                     return
-                _take_in(server, endpoint, IDLE_WAIT_MS)
+                if time.monotonic() > hangs_at_s:
+                    on_hang()
+                    return
+                _take_in(server, endpoint, server.longest_pause_ms(IDLE_WAIT_MS))
+                # What waits to grow is answered when its time is over, whatever the forward does.
+                _send(endpoint, server.replies_due())
             _send(endpoint, server.finish_step(batch, candidates))
             _take_in(server, endpoint, 0.0)
     finally:

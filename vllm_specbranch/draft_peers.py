@@ -1,5 +1,6 @@
 """What a draft server knows of one engine: its open reply, and how fast and how lucky it has been. Pure Python."""
 
+import math
 from dataclasses import dataclass, field
 
 from vllm_specbranch.costs import LinearCost
@@ -53,8 +54,11 @@ class Peer:
         self.num_rounds += 1
         if batch.pace is not None:
             self.verification.observe(batch.pace.num_tokens, batch.pace.step_us / 1e6)
-        if self.last_commit_s is not None and num_tokens and now_s - self.last_commit_s < LONGEST_ROUND_S:
-            round_s = now_s - self.last_commit_s
+        # A round with a prefill, which may follow idle time, says nothing of how fast tokens come.
+        is_prefill = batch.pace is None and self.token_s > 0.0
+        gap_s = math.inf if self.last_commit_s is None else now_s - self.last_commit_s
+        if num_tokens and not is_prefill and gap_s < LONGEST_ROUND_S:
+            round_s = gap_s
             self.round_s = round_s if not self.round_s else self.round_s + MEAN_WEIGHT * (round_s - self.round_s)
             token_s = round_s * num_requests / num_tokens
             self.token_s = token_s if not self.token_s else self.token_s + MEAN_WEIGHT * (token_s - self.token_s)

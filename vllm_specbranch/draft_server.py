@@ -6,6 +6,7 @@ drive it in memory, `draft_loop` serves it. Knows nothing of vLLM. Runs in the d
 
 import logging
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ class DraftServer(DraftSteps):
         peer.observe_round(now_s, message)
         slack_s = message.pace.slack_us / 1e6 if message.pace else 0.0
         pending = PendingReply(message.round, {}, [], now_s + message.max_wait_ms / 1e3, now_s + slack_s)
-        prices = self._prices(peer, len(message.commits))
+        prices = self._prices(peer, message.commits)
         for commit, price in zip(message.commits, prices, strict=True):
             hit = self._commit(peer, (peer_id, commit.request_id), commit, price)
             if hit is None:
@@ -118,18 +119,20 @@ class DraftServer(DraftSteps):
         self.counters.num_unknown_requests += len(pending.unknown)
         peer.pending = pending
 
-    def _prices(self, peer: Peer, count: int) -> list[float]:
+    def _prices(self, peer: Peer, commits: Sequence[messages.Commit]) -> list[float]:
         """The price of verification for each request of a batch.
 
         Where speculation does not pay, one request at a time is still drafted for now and then: how often its drafts are accepted
         may change.
         """
         if not self._planner.weighs_load:
-            return [0.0] * count
-        prices = [peer.price] * count
+            return [0.0] * len(commits)
+        prices = [peer.price] * len(commits)
         period, phase = divmod(peer.num_rounds, SCOUT_PERIOD)
-        if phase < SCOUT_ROUNDS and count:
-            prices[period % count] = 0.0
+        if phase < SCOUT_ROUNDS and commits:
+            # The same request for as long as it is there, whatever comes and goes beside it.
+            ranks = [zlib.crc32(f"{period} {one.request_id}".encode()) for one in commits]
+            prices[ranks.index(min(ranks))] = 0.0
         return prices
 
     def _commit(self, peer: Peer, key: Key, commit: messages.Commit, price: float) -> bool | None:
@@ -317,6 +320,11 @@ class DraftServer(DraftSteps):
         """
         self._end_step(batch, candidates)
         return self.replies_due()
+
+    def longest_pause_ms(self, most: float) -> float:
+        """How long the server may pause, at most `most`, before it looks again at the replies that wait."""
+        deadlines = [peer.pending.deadline_s for peer in self._peers.values() if peer.pending is not None]
+        return max(0.0, min(most, *(1e3 * (one - self._clock()) for one in deadlines))) if deadlines else most
 
     @property
     def has_pending(self) -> bool:

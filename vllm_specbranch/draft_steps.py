@@ -23,6 +23,8 @@ from vllm_specbranch.planner import Chunk, Planner
 from vllm_specbranch.token_tree import Candidates
 
 Key = tuple[bytes, str]
+# One step of so many takes all rows.
+FULL_STEP_PERIOD = 64
 
 
 class Model(Protocol):
@@ -53,6 +55,10 @@ class Batch:
     copies: list[BlockCopy]
     top_k: int
     started_s: float
+
+
+def _num_prefill_tokens(work: Sequence[Work]) -> int:
+    return sum(one.num_tokens for one in work if one.num_tokens > MAX_DECODE_TOKENS)
 
 
 class DraftSteps:
@@ -144,8 +150,12 @@ class DraftSteps:
             else:
                 self._grow(request)
 
+    def _expected_s(self, work: Sequence[Work]) -> float:
+        num_prefill_tokens = _num_prefill_tokens(work)
+        return self._timings.estimate_prefill_s(num_prefill_tokens) or self._timings.estimate_s(len(work))
+
     def _observe(self, batch: Batch, duration_s: float) -> None:
-        num_prefill_tokens = sum(one.num_tokens for one in batch.work if one.num_tokens > MAX_DECODE_TOKENS)
+        num_prefill_tokens = _num_prefill_tokens(batch.work)
         if num_prefill_tokens:
             self._timings.observe_prefill(num_prefill_tokens, duration_s)
         else:
@@ -159,8 +169,10 @@ class DraftSteps:
         num_rows = sum(count > 0 for count in num_pending)
         growth_s = self._timings.estimate_s(num_rows) if num_rows else 0.0
         if self._in_flight is not None:
-            expected_s = self._timings.estimate_s(len(self._in_flight.rows))
-            growth_s += max(0.0, self._in_flight.started_s + expected_s - now_s)
+            elapsed_s = now_s - self._in_flight.started_s
+            left_s = self._expected_s(self._in_flight.work) - elapsed_s
+            # One that is overdue may take half as long again.
+            growth_s += left_s if left_s > 0.0 else elapsed_s / 2
         return growth_s
 
     # --- what to feed -----------------------------------------------------------------------------------------------------
@@ -214,6 +226,9 @@ class DraftSteps:
                     wanted.append((value, Work(request, leaf, num_pending)))
         wanted.sort(key=lambda one: -one[0])
         count = self._planner.num_rows([value for value, _ in wanted], self._timings.row_cost)
+        if self.counters.num_steps % FULL_STEP_PERIOD == 0:
+            # What a row costs is only seen where their number changes.
+            count = len(wanted)
         return self._limits.cut([work for _, work in wanted[:count]], prefill)
 
     # --- what grows -------------------------------------------------------------------------------------------------------
@@ -231,7 +246,7 @@ class DraftSteps:
         node = request.tree.node(chunk.end)
         if chunk.is_complete or node.candidates is None or request.is_evicted:
             return chunk
-        request.extend(chunk.end, node.choice)
+        self._planner.branching.grow_chunk(request.tree, request.extend(chunk.end, node.choice))
         self.counters.num_drafted_tokens += 1
         return self._planner.chunk(request.tree, request.price)
 
@@ -240,11 +255,12 @@ class DraftSteps:
         if request.is_evicted or request.price >= 1.0:
             return
         tree, end, branching = request.tree, request.chunk_end, self._planner.branching
-        for leaf, token in branching.extensions(tree, end, request.price):
-            branching.grow_extension(tree, leaf, request.extend(leaf, token))
+        is_sampled = request.is_sampled
+        for leaf, token in branching.extensions(tree, end, is_sampled=is_sampled, price=request.price):
+            branching.grow_extension(tree, leaf, request.extend(leaf, token), is_sampled=is_sampled)
             self.counters.num_drafted_tokens += 1
         most = 1 if self._is_pressed else None
-        for fork in branching.forks(tree, end, is_sampled=request.is_sampled, most=most):
+        for fork in branching.forks(tree, end, is_sampled=is_sampled, most=most):
             # An evicted chain is fed anew before anything can pass through it.
             if not request.has_kv(fork.node_id):
                 continue

@@ -74,6 +74,10 @@ class StepTimings:
             return min(most, FIRST_PREFILL_TOKENS)
         return max(MAX_DECODE_TOKENS + 1, min(most, int(PREFILL_STEP_S / self.prefill_token_s)))
 
+    def estimate_prefill_s(self, num_tokens: int) -> float:
+        """Seconds that a step with a prefill chunk of `num_tokens` takes; 0 for none."""
+        return num_tokens * self.prefill_token_s
+
     def estimate_s(self, num_rows: int) -> float:
         """Seconds that a step of `num_rows` takes, by the line through all measured steps; 0 before there was one."""
         return self.rows.estimate_s(num_rows)

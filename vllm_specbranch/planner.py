@@ -56,14 +56,14 @@ class WaitCosts:
     """What a longer wait is weighed against. All times in seconds.
 
     Attributes:
-        step_s: one draft step.
+        delay_s: by how much one more draft step before the reply would hold up the engine.
         token_s: target time per committed token of one request.
         acceptance: chance that one more drafted token is accepted, 0..1.
         num_waiting: requests of this engine step; each is delayed by a wait.
         steps_per_round: draft steps that fit into a round; infinite before rounds were measured.
     """
 
-    step_s: float
+    delay_s: float
     token_s: float
     acceptance: float
     num_waiting: int
@@ -180,4 +180,4 @@ class Planner:
             return bool(growing)
         share = min(1.0, costs.steps_per_round / self._max_chunk)
         gain_s = share * sum(chunk.survival for chunk in growing) * costs.acceptance * costs.token_s
-        return gain_s > costs.num_waiting * costs.step_s
+        return gain_s > costs.num_waiting * costs.delay_s

@@ -103,13 +103,18 @@ def test_extensions_follow_the_choice_and_end_where_they_are_not_worth_it() -> N
     leaf = next(leaf for leaf in tree.leaves() if tree.node(leaf).token == 1)
     node = tree.node(leaf)
     node.candidates, node.choice, node.accepted = Candidates((40, 41), (0.6, 0.2)), 41, 0.6
-    assert rule.extensions(tree, end) == [(leaf, 41)]
-    assert rule.extensions(tree, end, price=0.6) == [(leaf, 41)]
-    assert rule.extensions(tree, end, price=0.61) == []
+    assert rule.extensions(tree, end, is_sampled=False) == [(leaf, 41)]
+    assert rule.extensions(tree, end, is_sampled=False, price=0.6) == [(leaf, 41)]
+    assert rule.extensions(tree, end, is_sampled=False, price=0.61) == []
+    assert rule.extensions(tree, end, is_sampled=True, price=0.61) == [(leaf, 41)], "by nothing that was drawn"
     child = tree.extend(leaf, 41)
-    rule.grow_extension(tree, leaf, child)
+    rule.grow_extension(tree, leaf, child, is_sampled=False)
     assert tree.node(child).value == pytest.approx(node.value * 0.6)
     assert (tree.node(child).survival, tree.node(child).deepest) == (pytest.approx(0.6), 0 + 1 + GAMMA)
+    rule.grow_extension(tree, leaf, child, is_sampled=True)
+    assert tree.node(child).value == node.value, "a branch of a sampled request is worth the same at every depth"
+    rule.revalue(tree, end, is_sampled=True)
+    assert tree.node(child).value == tree.node(leaf).value
 
 
 @given(

@@ -54,4 +54,19 @@ def test_a_pause_of_the_machine_is_no_cost() -> None:
     for index in range(200):
         cost.observe(index % 10, 0.005)
     cost.observe(9, 1.0)
+    assert cost.slope_s < 4e-4
+    for index in range(200):
+        cost.observe(index % 10, 0.005)
     assert cost.slope_s < 1e-4
+
+
+def test_a_jump_that_lasts_is_followed_however_large() -> None:
+    """From batch 1 to batch 64, say: were every long step an accident, the price of verification would stay at nothing."""
+    cost = LinearCost()
+    for index in range(200):
+        cost.observe(1 + index % 4, 0.010)
+    for index in range(2000):
+        amount = 64 + 10 * (index % 20)
+        cost.observe(amount, 0.050 + 0.0004 * amount)
+    assert cost.slope_s == pytest.approx(0.0004, rel=0.1)
+    assert cost.estimate_s(64) == pytest.approx(0.0756, rel=0.1)

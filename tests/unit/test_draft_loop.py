@@ -10,7 +10,7 @@ import pytest
 
 from tests.draft_engine import BLOCK_SIZE
 from tests.fakes import FakeDraftModel
-from vllm_specbranch import messages
+from vllm_specbranch import draft_loop, messages
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_loop import serve
 from vllm_specbranch.draft_main import make_server
@@ -103,6 +103,48 @@ def test_drafting_goes_on_between_messages_and_is_found_at_the_next_commit(
     thread.join(TIMEOUT_MS / 1e3)
     assert not thread.is_alive()
     server.check_integrity()
+
+
+def test_a_reply_that_waits_is_sent_at_its_limit_whatever_the_forward_does(
+    ends: tuple[ClientChannel, ServerEndpoint],
+) -> None:
+    client, endpoint = ends
+    model = GatedModel()
+    _, thread = served(model, endpoint, policy="specbranch", stop_rule="none", on_miss="wait:2")
+    client.send(messages.Hello("s", 50, 500))
+    assert isinstance(client.recv(TIMEOUT_MS), messages.Ready)
+    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    assert model.begun.acquire(timeout=TIMEOUT_MS / 1e3)
+    client.send(messages.CommitBatch(1, 30.0, [messages.Commit("a", 3, [49], 0)], None))
+    reply = client.recv(TIMEOUT_MS)
+    assert isinstance(reply, messages.DraftBatch) and reply.round == 1
+    assert not model.may_end.acquire(blocking=False), "the forward is still under way"
+    client.send(messages.Shutdown())
+    model.may_end.release(1000)
+    thread.join(TIMEOUT_MS / 1e3)
+    assert not thread.is_alive()
+
+
+def test_a_forward_that_never_ends_ends_the_process(
+    ends: tuple[ClientChannel, ServerEndpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that answers while its device hangs would be trusted for ever; the engine's supervisor starts another."""
+    client, endpoint = ends
+    model = GatedModel()
+    monkeypatch.setattr(draft_loop, "LONGEST_FORWARD_S", 0.2)
+    ended: list[float] = []
+
+    def on_hang() -> None:
+        ended.append(time.monotonic())
+        model.may_end.release(1000)
+
+    server = make_server(SpecBranchConfig.from_user({"model": "draft"}), model, KVBlocks(64, BLOCK_SIZE), Limits())
+    client.send(messages.Hello("s", 50, 500))
+    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    started_s = time.monotonic()
+    serve(server, endpoint, on_hang)
+    assert len(ended) == 1
+    assert ended[0] - started_s >= 0.2
 
 
 def test_many_quick_forwards_are_all_taken(ends: tuple[ClientChannel, ServerEndpoint]) -> None:

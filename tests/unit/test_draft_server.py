@@ -1,6 +1,8 @@
 """The draft server in memory: right tokens, no leaked block, a reply to every commit, whatever the engine does."""
 
 import random
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -9,8 +11,10 @@ from hypothesis import strategies as st
 from tests.draft_engine import PEER, make_engine
 from vllm_specbranch import messages
 from vllm_specbranch.draft_loop import serve
+from vllm_specbranch.draft_model import Row
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import WireError
+from vllm_specbranch.token_tree import Candidates
 from vllm_specbranch.transport import memory_pair
 
 
@@ -356,3 +360,41 @@ def test_deterministic_drafts_do_not_depend_on_what_was_served_before(policy: st
         engine.close("a")
         runs.append(chunks)
     assert runs == runs[:1] * 3
+
+
+def test_a_request_whose_reply_was_overtaken_drafts_no_further_than_a_chunk() -> None:
+    """Its reply waited, was late, and the next round names other requests only: it is not to draft on for ever."""
+    engine = make_engine(policy="best_first", on_miss="wait:4")
+    for name in ("a", "b"):
+        engine.open(name, [1, 2, 3])
+    engine.run(100)
+    commits = [messages.Commit(name, 3, [49], 0) for name in ("a", "b")]
+    engine.server.handle(PEER, messages.CommitBatch(1, 1e4, commits, None))
+    engine.server.handle(PEER, messages.CommitBatch(2, 0.0, [messages.Commit("a", 4, [48], 0)], None))
+    for _ in range(100):
+        engine.server.step()
+    tree = engine.server._requests[PEER, "b"].tree
+    assert max(tree.node(leaf).position for leaf in tree.leaves()) <= 3 + 1 + engine.gamma
+
+
+def test_what_a_row_costs_is_learned_anew_after_a_bad_start() -> None:
+    """Where rows seem dear only one is fed, and then nothing shows that they are cheap: now and then all are."""
+    engine = make_engine(policy="best_first", max_branches=32)
+    engine.model.confidences = (0.4,)
+    forward = engine.model.forward
+
+    def timed(rows: Sequence[Row], *args: Any) -> list[Candidates]:
+        slow = 5.0 if engine.model.num_forwards < 12 else 0.02
+        engine.clock.now_s += 1e-3 * (1.0 + slow * (len(rows) - 1))
+        return forward(rows, *args)
+
+    engine.model.forward = timed  # type: ignore[method-assign]
+    engine.open("a", [1, 2, 3])
+    for _ in range(150):
+        engine.run(8)
+        engine.commit({"a": engine.follow("a", min(1, len(engine.drafts["a"])))})
+        if len(engine.sequences["a"]) > 300:
+            engine.close("a")
+            engine.open("a", [1, 2, 3])
+    assert engine.server._timings.row_cost < 0.1
+    assert sum(engine.model.rows_per_forward[-200:]) > 400

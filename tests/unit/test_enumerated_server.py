@@ -10,16 +10,17 @@ What is small: one request of 3 or 4 tokens, or two of 2 or 3; an output vocabul
 
 from array import array
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from tests.enumerated_server import Engine, Result, Serving, enumerate_server, exact_table
 from tests.reference_round import Rules
+from vllm_specbranch.branching import Branching
 from vllm_specbranch.draft_request import DraftRequest
 from vllm_specbranch.draft_sampling import draw
 from vllm_specbranch.draft_server import DraftServer
-from vllm_specbranch.draft_work import Limits
+from vllm_specbranch.draft_work import Limits, StepTimings
 from vllm_specbranch.planner import Chunk, Planner
 from vllm_specbranch.token_tree import Candidates, TokenTree
 
@@ -177,6 +178,22 @@ def test_a_price_of_verification_looks_at_no_drawn_token(
     assert any(0.0 < price < 1.0 for price in prices) if token_us < 2.0 else any(price > 1.0 for price in prices)
 
 
+@pytest.mark.parametrize(
+    ("settings", "price", "row_cost", "seed"),
+    [(BEST_FIRST, 0.0, 0.3, 1), (FANOUT, 0.5, 0.0, 3), (BEST_FIRST, 0.5, 0.3, 5)],
+)
+def test_how_far_a_branch_grows_depends_on_nothing_drawn_in_it(
+    settings: Mapping[str, object], price: float, row_cost: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under pressure a branch is dropped with what was drawn, and its length decides whether there is pressure."""
+    monkeypatch.setattr(DraftServer, "_prices", lambda self, peer, commits: [price] * len(commits))
+    monkeypatch.setattr(StepTimings, "row_cost", property(lambda self: row_cost))
+    serving = Serving(LONG, {**settings, "on_miss": "go"}, num_blocks=6, block_size=1)
+    result = run(Case(serving, seed=seed))
+    assert result.difference < EXACT
+    assert result.seen["num_narrowings"] + result.seen["num_evictions"] > 0
+
+
 # Breaks of the real code. Each takes the place of one method of the draft server.
 
 
@@ -267,6 +284,14 @@ def best_of_all_lengths(self: Planner, tree: TokenTree, price: float = 0.0) -> C
 RIGHT_CHUNK = Planner.chunk
 
 
+def by_what_was_drawn(self: Branching, tree: TokenTree, leaf: int, child_id: int, *, is_sampled: bool) -> None:
+    """`Branching.grow_extension` as for a greedy request (rule 2, by way of the pressure that a longer branch makes)."""
+    RIGHT_GROW_EXTENSION(self, tree, leaf, child_id, is_sampled=False)
+
+
+RIGHT_GROW_EXTENSION = Branching.grow_extension
+
+
 def nothing(*_: object) -> list[object]:
     """`DraftServer._send_ahead`: a late reply is dropped whole."""
     return []
@@ -292,12 +317,17 @@ def whatever_came(self: Engine) -> bool:
 
 @dataclass(frozen=True)
 class Break:
-    """A method of the real code (or of the engine's side here), what takes its place, and a case that shows it."""
+    """A method of the real code (or of the engine's side here), what takes its place, and a case that shows it.
+
+    Attributes:
+        timings: measured times of the draft steps that are given instead.
+    """
 
     owner: type
     method: str
     broken: Callable[..., object]
     case: Case
+    timings: Mapping[str, float] = field(default_factory=dict)
 
 
 ONE_BRANCH = {"max_branches": 1, "stop_threshold": 0.6}
@@ -329,6 +359,13 @@ BREAKS = {
         "_open_chunk",
         unless_there_are_branches,
         Case(Serving(replace(SHORT, gamma=1, lost_replies=0.5), {**NO_RULE, "on_miss": "go"}), seed=0),
+    ),
+    "a branch grows by the worth of what is drawn in it": Break(
+        Branching,
+        "grow_extension",
+        by_what_was_drawn,
+        Case(Serving(LONG, {**BEST_FIRST, "on_miss": "go"}, num_blocks=6, block_size=1), seed=1),
+        {"row_cost": 0.3},
     ),
     "the best of all lengths": Break(Planner, "chunk", best_of_all_lengths, CASES["pearl"]),
     "a late reply drops the whole chunk": Break(
@@ -387,6 +424,8 @@ BREAKS = {
 @pytest.mark.parametrize("name", BREAKS)
 def test_broken_code_is_rejected_and_the_right_one_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = BREAKS[name]
+    for key, value in broken.timings.items():
+        monkeypatch.setattr(StepTimings, key, property(lambda self, value=value: value))
     assert run(broken.case).difference < EXACT
     monkeypatch.setattr(broken.owner, broken.method, broken.broken)
-    assert run(broken.case).difference > REJECTED
+    assert run(broken.case).difference > (REJECTED if not broken.timings else REJECTED / 10)

@@ -108,10 +108,12 @@ def test_branches_grow_until_a_full_chunk_is_ready_below_their_first_token() -> 
     assert [leaf for _, leaf in rule.rows(tree)] == tree.leaves(), "depth 3: the candidate and two tokens below it"
     leaf = tree.leaves()[0]
     feed(tree, leaf, (40,), (0.9,))
-    assert branching.extensions(tree, tree.root) == []
+    assert branching.extensions(tree, tree.root, is_sampled=False) == []
     assert rule.rows(tree) == []
     branching.revalue(tree, tree.path(leaf)[0], is_sampled=False)
-    assert branching.extensions(tree, tree.path(leaf)[0]) == [(leaf, 40)], "after a commit there is room again"
+    assert branching.extensions(tree, tree.path(leaf)[0], is_sampled=False) == [(leaf, 40)], (
+        "after a commit there is room again"
+    )
 
 
 def test_fixed_miss_rules() -> None:
@@ -130,9 +132,9 @@ def test_fixed_miss_rules() -> None:
 def test_waiting_is_weighed_for_the_whole_step() -> None:
     rule = planner(on_miss="auto")
     growing = [Chunk(0, 0, False, 1.0)]
-    assert rule.worth_waiting(growing, WaitCosts(step_s=0.002, token_s=0.01, acceptance=0.5, num_waiting=1))
-    assert not rule.worth_waiting(growing, WaitCosts(step_s=0.002, token_s=0.01, acceptance=0.5, num_waiting=4))
-    assert rule.worth_waiting(growing * 4, WaitCosts(step_s=0.002, token_s=0.01, acceptance=0.5, num_waiting=4))
+    assert rule.worth_waiting(growing, WaitCosts(delay_s=0.002, token_s=0.01, acceptance=0.5, num_waiting=1))
+    assert not rule.worth_waiting(growing, WaitCosts(delay_s=0.002, token_s=0.01, acceptance=0.5, num_waiting=4))
+    assert rule.worth_waiting(growing * 4, WaitCosts(delay_s=0.002, token_s=0.01, acceptance=0.5, num_waiting=4))
     assert not rule.worth_waiting([], WaitCosts(0.0, 1.0, 1.0, 1))
 
 
@@ -168,10 +170,12 @@ def test_branches_are_the_best_candidates_not_what_was_drawn() -> None:
     rule = planner(max_branches=4)
     assert forked(rule, tree, tree.root) == [10, 30]
     assert forked(rule, tree, tree.root, most=1) == [10]
-    assert rule.branching.extensions(tree, tree.root) == [], "at the branch point itself nothing is drawn"
+    assert rule.branching.extensions(tree, tree.root, is_sampled=False) == [], (
+        "at the branch point itself nothing is drawn"
+    )
     leaf = tree.extend(tree.root, 10)
     feed(tree, leaf, (11, 31), (0.9, 0.1), choice=1)
-    assert rule.branching.extensions(tree, tree.root) == [(leaf, 31)], "below it the choice goes on"
+    assert rule.branching.extensions(tree, tree.root, is_sampled=False) == [(leaf, 31)], "below it the choice goes on"
 
 
 def test_a_chunk_follows_what_was_drawn() -> None:
