@@ -5,6 +5,7 @@ of its own, imported only when it is called, so that help is quick. Runs in the 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -98,6 +99,16 @@ def _at_least(least: int) -> Callable[[str], int]:
         return value
 
     return count
+
+
+def _gibibytes(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.01 <= value <= 1e5:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used; allowed: a number of GiB of at least 0.01")
+    return value
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,7 +207,7 @@ def _add_places(command: argparse.ArgumentParser) -> None:
         metavar="N",
         help="longest prompt and output together (default 1024)",
     )
-    add("--kv-cache-gib", type=float, default=0.5, metavar="GIB", help="KV cache of each target (default 0.5)")
+    add("--kv-cache-gib", type=_gibibytes, default=0.5, metavar="GIB", help="KV cache of each target (default 0.5)")
     add("--enforce-eager", action="store_true", help="do not compile: quicker start, slower run")
 
 

@@ -14,7 +14,7 @@ Settings = dict[str, object]
 VALUES: Mapping[str, Sequence[object]] = {
     "num_speculative_tokens": (2, 3, 4, 6, 8, 12, 16),
     "stop_threshold": (0.0, 0.05, 0.1, 0.2, 0.3, 0.5),
-    "max_branches": (1, 2, 4, 8, 16, 32),
+    "max_branches": (1, 2, 4, 8, 16, 32, 64),
 }
 KEYS: Mapping[str, Sequence[str]] = {
     "specbranch": ("num_speculative_tokens", "stop_threshold", "max_branches"),
@@ -22,9 +22,10 @@ KEYS: Mapping[str, Sequence[str]] = {
     "fanout": ("num_speculative_tokens", "max_branches"),
     "pearl": ("num_speculative_tokens",),
 }
+# Where a search starts, for each policy; the first one is what a user gets who says nothing.
 STARTS: Sequence[Settings] = (
+    {"policy": "best_first", "num_speculative_tokens": 8, "max_branches": 32},
     {"policy": "specbranch", "num_speculative_tokens": 8, "stop_threshold": 0.1, "max_branches": 8},
-    {"policy": "best_first", "num_speculative_tokens": 8, "max_branches": 16},
     {"policy": "fanout", "num_speculative_tokens": 8, "max_branches": 16},
     {"policy": "pearl", "num_speculative_tokens": 8},
 )

@@ -137,3 +137,14 @@ def test_doctor_sees_foreign_source(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patching, "fingerprint", fingerprint)
     assert [one.is_ok for one in doctor._patches("0.32.0+cpu")] == [True, True, False, False]
     assert [one.is_ok for one in doctor._patches("0.33.0")] == [False]
+
+
+@pytest.mark.parametrize("value", ["nan", "-1", "0", "much", "inf"])
+@pytest.mark.parametrize("command", ["demo", "tune"])
+def test_a_size_that_cannot_be_is_refused_in_one_line(
+    command: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--kv-cache-gib", value])
+    assert ended.value.code == 2
+    assert f"{value!r} cannot be used; allowed: a number of GiB" in capsys.readouterr().err

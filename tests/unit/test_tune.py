@@ -279,3 +279,8 @@ def test_words_that_do_not_exist_exit_with_2(words: str) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(["tune", *words.split()])
     assert caught.value.code == 2
+
+
+def test_the_first_start_of_the_search_is_what_a_user_gets_who_says_nothing() -> None:
+    default, first = SpecBranchConfig.from_user({"model": "m"}), SpecBranchConfig.from_user({"model": "m"} | STARTS[0])
+    assert first == default
