@@ -245,6 +245,7 @@ class DraftServer(DraftSteps):
             peer.acceptance,
             max(1, len(pending.hits)),
             peer.verification_s / one_s if one_s and peer.verification_s else math.inf,
+            peer.price if self._planner.weighs_load else 0.0,
         )
         if not self._planner.worth_waiting([chunk for _, chunk in growing], costs):
             return []

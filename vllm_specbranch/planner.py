@@ -61,6 +61,7 @@ class WaitCosts:
         acceptance: chance that one more drafted token is accepted, 0..1.
         num_waiting: requests of this engine step; each is delayed by a wait.
         steps_per_round: draft steps that fit into a round; infinite before rounds were measured.
+        price: of the verification of one more token, as in `Planner.chunk`.
     """
 
     delay_s: float
@@ -68,6 +69,7 @@ class WaitCosts:
     acceptance: float
     num_waiting: int
     steps_per_round: float = math.inf
+    price: float = 0.0
 
 
 class Planner:
@@ -167,10 +169,10 @@ class Planner:
     def worth_waiting(self, growing: Sequence[Chunk], costs: WaitCosts) -> bool:
         """Whether one more draft step before the reply pays, for the whole engine step (section 4 of the design).
 
-        One more token of a chunk saves `token_s` if it is accepted; the step delays every request of the batch. What is not waited
-        for is drafted anyway while the target verifies, and then is there for the next round: the fewer steps fit into a round, the
-        more a wait just moves tokens from one round to the next. Where they make no full chunk its gain counts in that proportion
-        (as replays show, `benchmarks/replay.py`).
+        One more token of a chunk saves `token_s` if it is accepted, less what its verification costs; the step delays every request
+        of the batch. What is not waited for is drafted anyway while the target verifies, and then is there for the next round: the
+        fewer steps fit into a round, the more a wait just moves tokens from one round to the next. Where they make no full chunk its
+        gain counts in that proportion (as replays show, `benchmarks/replay.py`).
 
         Args:
             growing: the chunks that the step would make longer.
@@ -179,5 +181,6 @@ class Planner:
         if not growing or self._on_miss.kind != "auto":
             return bool(growing)
         share = min(1.0, costs.steps_per_round / self._max_chunk)
-        gain_s = share * sum(chunk.survival for chunk in growing) * costs.acceptance * costs.token_s
+        worth = (chunk.survival * costs.acceptance - costs.price for chunk in growing)
+        gain_s = share * sum(one for one in worth if one > 0.0) * costs.token_s
         return gain_s > costs.num_waiting * costs.delay_s

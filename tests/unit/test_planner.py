@@ -138,6 +138,13 @@ def test_waiting_is_weighed_for_the_whole_step() -> None:
     assert not rule.worth_waiting([], WaitCosts(0.0, 1.0, 1.0, 1))
 
 
+def test_nobody_waits_for_what_is_not_worth_its_verification() -> None:
+    rule = planner(on_miss="auto")
+    for price, expected in ((0.0, True), (0.2, True), (0.45, False), (2.0, False)):
+        costs = WaitCosts(0.002, 0.02, 0.5, 4, price=price)
+        assert rule.worth_waiting([Chunk(0, 0, False, 1.0)] * 4, costs) is expected
+
+
 def test_where_the_draft_is_the_bottleneck_a_wait_gains_less() -> None:
     rule = planner(on_miss="auto", num_speculative_tokens=8)
     growing = [Chunk(0, 0, False, 1.0)]
