@@ -170,7 +170,7 @@ class Planner:
         """Whether one more draft step before the reply pays, for the whole engine step (section 4 of the design).
 
         One more token of a chunk saves `token_s` if it is accepted, less what its verification costs; the step delays every request
-        of the batch. What is not waited for is drafted anyway while the target verifies, and then is there for the next round: the
+        of the batch. What is not waited for is drafted anyway while the target verifies, and is there for the next round: the
         fewer steps fit into a round, the more a wait just moves tokens from one round to the next. Where they make no full chunk its
         gain counts in that proportion (as replays show, `benchmarks/replay.py`).
 
