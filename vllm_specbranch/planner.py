@@ -171,8 +171,8 @@ class Planner:
 
         One more token of a chunk saves `token_s` if it is accepted, less what its verification costs; the step delays every request
         of the batch. What is not waited for is drafted anyway while the target verifies, and is there for the next round: the
-        fewer steps fit into a round, the more a wait just moves tokens from one round to the next. Where they make no full chunk its
-        gain counts in that proportion (as replays show, `benchmarks/replay.py`).
+        fewer steps fit into a round, the more a wait just moves tokens from one round to the next. Where they make no full chunk
+        its gain counts in that proportion (as replays show, `benchmarks/replay.py`).
 
         Args:
             growing: the chunks that the step would make longer.
