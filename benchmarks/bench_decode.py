@@ -24,9 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import msgspec
 import psutil
 
 # Run as a script, this finds its own folder only.
@@ -35,15 +33,14 @@ from benchmarks.decode_conditions import Condition, PromptSet, conditions, cut_p
 from benchmarks.decode_options import parse_words
 from benchmarks.decode_report import Measured, as_text, measured_as_json
 from benchmarks.decode_rows import WIDE, Entry, Row, entries
+from benchmarks.portable import portable
 from vllm_specbranch import deepen, weaken
 from vllm_specbranch.compare import GapOf, first_differences, transformers_gaps, with_gaps
 from vllm_specbranch.errors import ConfigError, SpecBranchError
 from vllm_specbranch.lineup import Lineup, place, require_model
 from vllm_specbranch.measure import Engine, running
-from vllm_specbranch.measure_messages import Emulation
 from vllm_specbranch.provenance import available_cores, gpus, provenance
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 SCHEMA_VERSION = 2
 NUM_STARTING = 3
 # Of the warm-up, under each condition; and, where there are several, before each measured run: the running means by which a
@@ -253,20 +250,6 @@ class _Progress:
             if engine.is_ready and engine.spec.name not in self._told:
                 self._told.add(engine.spec.name)
                 self._write(f"  {engine.spec.name}: ready after {engine.facts['load_s']:.0f} s\n")
-
-
-def portable(value: Any) -> Any:
-    """The same as JSON takes it, without the places of this machine: paths are relative to the repository, or names only."""
-    if isinstance(value, dict):
-        return {name: portable(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [portable(one) for one in value]
-    if isinstance(value, Emulation):
-        return msgspec.to_builtins(value)
-    if isinstance(value, Path) or (isinstance(value, str) and value.startswith("/")):
-        path = Path(value).absolute()
-        return str(path.relative_to(REPOSITORY)) if path.is_relative_to(REPOSITORY) else path.name
-    return value
 
 
 def _write(text: str) -> None:

@@ -16,6 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+# Run as a script, this finds its own folder only.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.portable import portable
 from vllm_specbranch.deepen import cached
 from vllm_specbranch.demo import EXTRA_LAYERS, MLP_SIZE
 from vllm_specbranch.errors import ConfigError, SpecBranchError
@@ -103,7 +106,7 @@ def bench(args: argparse.Namespace) -> None:
     result = {
         "schema_version": SCHEMA_VERSION,
         **origin,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "options": vars(args),
         "runs_on": lineup.placement.describe(with_draft=True),
         "rows": [
             {"method": row.method, "deterministic": row.deterministic, "temperature": row.temperature, **row.figures()}
@@ -111,7 +114,7 @@ def bench(args: argparse.Namespace) -> None:
         ],
     }
     _write("\n" + as_table(result["rows"]) + "\n")
-    args.out.write_text(json.dumps(result) + "\n")
+    args.out.write_text(json.dumps(portable(result)) + "\n")
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:

@@ -38,12 +38,12 @@ from typing import Any
 
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.bench_decode import portable
 from benchmarks.decode_conditions import describe_emulation
 from benchmarks.decode_report import MOST_OVERRUNS
 from benchmarks.decode_rows import BASELINE, PEARL, SEQUENTIAL
 from benchmarks.picture_style import best_sequential
 from benchmarks.pictures import read_result
+from benchmarks.portable import portable
 from vllm_specbranch.compare import Difference
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.measure_messages import Emulation

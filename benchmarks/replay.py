@@ -33,6 +33,7 @@ from vllm_specbranch.shipped_pair import draft_path, target_path
 
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.portable import portable
 from benchmarks.replay_engine import check_engine
 from benchmarks.replay_report import Line, engine_text, lines_as_table
 
@@ -87,14 +88,14 @@ def bench(args: argparse.Namespace) -> int:
         "schema_version": SCHEMA_VERSION,
         **origin,
         "seed": args.seed,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "options": vars(args),
         "target": lineup.target,
         "pairs": pairs,
         "prompt_tokens": [len(one) for one in prompts],
         "lines": [dataclasses.asdict(line) for line in lines],
         "engine": checks,
     }
-    line = json.dumps(result)
+    line = json.dumps(portable(result))
     args.out.write_text(line + "\n")
     _write(line + "\n")
     return 0 if all(check["agrees"] for check in checks) else 1

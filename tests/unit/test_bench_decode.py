@@ -12,6 +12,7 @@ from benchmarks.decode_conditions import Condition
 from benchmarks.decode_options import parse_words
 from benchmarks.decode_report import Measured
 from benchmarks.decode_rows import ABLATIONS, DEFAULT_GROUPS, GROUPS, Entry, Row, entries
+from benchmarks.portable import portable
 from tests.decode_results import made_run
 from vllm_specbranch.compare import Difference
 from vllm_specbranch.errors import ConfigError
@@ -276,9 +277,7 @@ def test_differences_are_found_once_over_all_repetitions() -> None:
 
 def test_results_carry_no_places_of_this_machine() -> None:
     options = vars(words("--emulate", "20:4", "--emulate", "none", "--draft", "/somewhere/else/draft"))
-    written = json.loads(
-        json.dumps(bench_decode.portable({"options": options, "argv": [__file__, "/tmp/a/b.json", "1"]}))
-    )
+    written = json.loads(json.dumps(portable({"options": options, "argv": [__file__, "/tmp/a/b.json", "1"]})))
     assert written["options"]["batch_sizes"] == [1] and written["options"]["emulate"][1] is None
     assert written["options"]["emulate"][0]["target_forward_ms"] == 20.0
     assert written["options"]["target"] == "vllm_specbranch/models/target" and written["options"]["draft"] == "draft"

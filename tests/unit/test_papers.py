@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import papers
-from benchmarks.bench_decode import portable
 from benchmarks.decode_options import parse_words
 from benchmarks.decode_report import measured_as_json
 from benchmarks.papers import MOST_C, NOISES, PAIRS, SHIPPED, WEAK, Measurement, acceptance_rate, choose, doubts
+from benchmarks.portable import portable
 from tests.decode_results import made_measured, made_row
 from vllm_specbranch.measure_messages import Emulation
 from vllm_specbranch.shipped_pair import draft_path, target_path
