@@ -184,7 +184,7 @@ def test_messages_are_copies_made_by_the_wire(pair: Pair) -> None:
 def test_client_drops_garbage_and_goes_on(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     client, server = pair
     peer = introduce(client, server)
-    for frames in ([b""], [GARBAGE], [b"\x02" + encode(READY)[1:]], [encode(HELLO)], [encode(READY), b""], [b"", b""]):
+    for frames in ([b""], [GARBAGE], [b"\x01" + encode(READY)[1:]], [encode(HELLO)], [encode(READY), b""], [b"", b""]):
         inject(server, peer, *frames)
     assert server.send(peer, READY)
     assert client.recv(SOON_MS) == READY
@@ -196,7 +196,7 @@ def test_client_drops_garbage_and_goes_on(pair: Pair, caplog: pytest.LogCaptureF
 
 def test_server_drops_garbage_and_goes_on(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     client, server = pair
-    for frames in ([b""], [GARBAGE], [b"\x02" + encode(HELLO)[1:]], [encode(READY)], [encode(HELLO), b""], [b"", b""]):
+    for frames in ([b""], [GARBAGE], [b"\x01" + encode(HELLO)[1:]], [encode(READY)], [encode(HELLO), b""], [b"", b""]):
         inject(client, *frames)
     introduce(client, server)
     assert server.num_dropped == 6
