@@ -8,6 +8,7 @@ begun, which at the pace of a large draft model is several milliseconds. Runs in
     calling thread                              [ forward on the draft device ]                              [ ...
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -24,8 +25,6 @@ from vllm_specbranch.transport import ServerEndpoint
 logger = logging.getLogger("vllm.specbranch.draft_loop")
 
 IDLE_WAIT_MS = 500.0
-
-
 # A forward that takes this long never ends: the device hangs. What has been silent for so long is killed by the engine as well.
 LONGEST_FORWARD_S = 10.0
 # Exit status of a process whose forward hangs; its supervisor starts another.
@@ -50,12 +49,11 @@ def serve(server: DraftServer, endpoint: ServerEndpoint, on_hang: Callable[[], N
         _serve_by_turns(server, endpoint)
         return
     forwards = _Forwards(server)
-    endpoint.watch(forwards.done_fd)
-    with ThreadPoolExecutor(1, "server") as pool:
+    with contextlib.closing(forwards), ThreadPoolExecutor(1, "server") as pool:
+        endpoint.watch(forwards.done_fd)
         served = pool.submit(_serve_in_flight, server, endpoint, forwards, on_hang)
         forwards.run()
         served.result()
-    forwards.close()
 
 
 class _Forwards:

@@ -108,8 +108,14 @@ def _out(settings: TuneSettings) -> Path:
 
 def _vocab_size(model: Path) -> int | None:
     """As config.json has it; None where it does not say."""
-    config = json.loads((model / "config.json").read_text())
-    found = config.get("vocab_size", config.get("text_config", {}).get("vocab_size"))
+    path = model / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(str(path), f"a file of valid JSON ({error})", "config.json") from error
+    if not isinstance(config, dict):
+        raise ConfigError(str(path), "a JSON object", "config.json")
+    found = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     return found if isinstance(found, int) else None
 
 

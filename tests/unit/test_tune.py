@@ -284,3 +284,15 @@ def test_words_that_do_not_exist_exit_with_2(words: str) -> None:
 def test_the_first_start_of_the_search_is_what_a_user_gets_who_says_nothing() -> None:
     default, first = SpecBranchConfig.from_user({"model": "m"}), SpecBranchConfig.from_user({"model": "m"} | STARTS[0])
     assert first == default
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_broken_model_folder_is_refused_in_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert (
+        cli.main(["tune", "--target", str(tmp_path), "--draft", str(tmp_path), "--out", str(tmp_path / "o.json")]) == 2
+    )
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "config.json" in line
