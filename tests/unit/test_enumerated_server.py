@@ -292,16 +292,6 @@ def by_what_was_drawn(self: Branching, tree: TokenTree, leaf: int, child_id: int
 RIGHT_GROW_EXTENSION = Branching.grow_extension
 
 
-def while_it_pays(
-    self: Branching, tree: TokenTree, end: int, *, is_sampled: bool, price: float = 0.0
-) -> list[tuple[int, int]]:
-    """`Branching.extensions` as for a greedy request (rule 2, in the same way)."""
-    return RIGHT_EXTENSIONS(self, tree, end, is_sampled=False, price=price)
-
-
-RIGHT_EXTENSIONS = Branching.extensions
-
-
 def nothing(*_: object) -> list[object]:
     """`DraftServer._send_ahead`: a late reply is dropped whole."""
     return []
@@ -331,7 +321,6 @@ class Break:
 
     Attributes:
         timings: measured times of the draft steps that are given instead.
-        price: of verification, given instead of the measured one.
     """
 
     owner: type
@@ -339,7 +328,6 @@ class Break:
     broken: Callable[..., object]
     case: Case
     timings: Mapping[str, float] = field(default_factory=dict)
-    price: float | None = None
 
 
 ONE_BRANCH = {"max_branches": 1, "stop_threshold": 0.6}
@@ -378,13 +366,6 @@ BREAKS = {
         by_what_was_drawn,
         Case(Serving(LONG, {**BEST_FIRST, "on_miss": "go"}, num_blocks=6, block_size=1), seed=1),
         {"row_cost": 0.3},
-    ),
-    "a branch grows while what is drawn in it pays": Break(
-        Branching,
-        "extensions",
-        while_it_pays,
-        Case(Serving(LONG, {**FANOUT, "on_miss": "go"}, num_blocks=6, block_size=1), seed=3),
-        price=0.5,
     ),
     "the best of all lengths": Break(Planner, "chunk", best_of_all_lengths, CASES["pearl"]),
     "a late reply drops the whole chunk": Break(
@@ -445,8 +426,6 @@ def test_broken_code_is_rejected_and_the_right_one_is_not(name: str, monkeypatch
     broken = BREAKS[name]
     for key, value in broken.timings.items():
         monkeypatch.setattr(StepTimings, key, property(lambda self, value=value: value))
-    if broken.price is not None:
-        monkeypatch.setattr(DraftServer, "_prices", lambda self, peer, commits: [broken.price] * len(commits))
     assert run(broken.case).difference < EXACT
     monkeypatch.setattr(broken.owner, broken.method, broken.broken)
-    assert run(broken.case).difference > (REJECTED / 10 if broken.timings or broken.price else REJECTED)
+    assert run(broken.case).difference > (REJECTED if not broken.timings else REJECTED / 10)
