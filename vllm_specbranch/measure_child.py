@@ -250,7 +250,7 @@ class Child:
 
         pin(spec.cores)
         self._answer(Stage("loading and compiling"))
-        self._observed = ObservedEngine() if spec.observe else None
+        self._observed = ObservedEngine(spec.without) if spec.observe else None
         llm = load(spec)
         if self._observed is not None:
             self._observed.attach(llm)

@@ -50,6 +50,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
         visible_devices: `CUDA_VISIBLE_DEVICES` of the engine; None leaves it as it is.
         gpu_memory_utilization: vLLM's, for GPUs; None leaves vLLM's default.
         observe: note every forward of both models (`RunResult.target_forwards`, `draft_forwards`), and allow `Run.emulation`.
+        without: parts of the draft server to do without (`draft_ablations.PARTS`); only for an engine that is observed.
         arguments: further arguments of `LLM`; they win over those made of this spec.
         plugins: whether vLLM loads its plugins, of which this project is one.
     """
@@ -67,6 +68,7 @@ class EngineSpec(msgspec.Struct, frozen=True):
     visible_devices: str | None = None
     gpu_memory_utilization: float | None = None
     observe: bool = False
+    without: tuple[str, ...] = ()
     arguments: dict[str, Any] = {}
     plugins: bool = True
 

@@ -1,7 +1,8 @@
 """Entry of a draft server whose forwards are noted, and stretched to a given pace. For benchmarks only.
 
 Owns nothing but the wrap around `DraftModel.forward`; all else is `draft_main`. Started in its place by an observed engine (see
-`observed_engine`), as `python -m vllm_specbranch.observed_draft_main PACE_FILE RECORD_FILE`; not for people.
+`observed_engine`), as `python -m vllm_specbranch.observed_draft_main PACE_FILE RECORD_FILE [PART ...]`, the parts being those of
+`draft_ablations` to do without; not for people.
 """
 
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_specbranch import draft_main
+from vllm_specbranch.draft_ablations import without
 from vllm_specbranch.draft_model import DraftModel, Row
 from vllm_specbranch.emulation import Observer, PaceFile, RecordFile
 from vllm_specbranch.kv_blocks import BlockCopy
@@ -31,9 +33,10 @@ def observe(observer: Observer) -> None:
 
 def main() -> None:
     """Observe, then serve as ever."""
-    pace, records = (Path(argument) for argument in sys.argv[1:])
+    pace, records = (Path(argument) for argument in sys.argv[1:3])
     observe(Observer(PaceFile(pace).read, RecordFile(records)))
-    draft_main.main()
+    with without(sys.argv[3:]):
+        draft_main.main()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ the measured child.
 """
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,16 +30,19 @@ class ObservedEngine:
     """Observes one engine of this process. Make it before the engine is loaded, `attach` it after that.
 
     Mutates: `placement.server_module`, for the rest of this process.
+
+    Args:
+        without: parts of the draft server to do without, of `draft_ablations.PARTS`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, without: Sequence[str] = ()) -> None:
         self._directory = placement.make_private_directory()
         paths = (self._directory / "pace", self._directory / "records")
         # vLLM's own `draft_model` runs in this process; it is observed through the same two files, which spares a second way.
         self._draft_pace, self._draft_records = PaceFile(paths[0]), RecordFile(paths[1])
         self._target_pace = Pace()
         self._target_forwards: list[Forward] = []
-        placement.server_module = (_SERVER_MODULE, *map(str, paths))
+        placement.server_module = (_SERVER_MODULE, *map(str, paths), *without)
 
     def attach(self, llm: Any) -> None:
         """Hook the models of a loaded engine.
