@@ -91,7 +91,7 @@ class Engine:
         commits = []
         for name, (position, tokens) in outcomes.items():
             self.sequences[name] = self.sequences[name][:position] + tokens
-            commits.append(messages.Commit(name, position, tokens, len(self.drafts[name])))
+            commits.append(messages.Commit(name, position, tokens, len(self.drafts[name]), None))
         replies = self.tell(messages.CommitBatch(self.round, max_wait_ms, commits, pace))
         for _ in range(most_steps):
             if self.take_ahead(replies):
@@ -163,7 +163,7 @@ def make_engine(num_blocks: int = 400, limits: Limits | None = None, **keys: obj
     planner = Planner(config)
     clock = Clock()
     server = make_server(config, model, KVBlocks(num_blocks, BLOCK_SIZE), limits or Limits(), clock)
-    replies = server.handle(PEER, messages.Hello("s", model.vocab_size, 500))
+    replies = server.handle(PEER, messages.Hello("s", model.vocab_size, 500, False))
     assert replies == [(PEER, messages.Ready("s", model.max_model_len, num_blocks, BLOCK_SIZE))]
     threshold = 0.0 if config.stop_rule == "none" else config.stop_threshold
     return Engine(server, model, config.num_speculative_tokens, planner.num_candidates, planner, threshold, clock)

@@ -195,7 +195,7 @@ class Engine:
 
     def run(self) -> tuple[Prefix, ...]:
         """All requests to their ends; returns their outputs."""
-        self.server.handle(PEER, messages.Hello("s", MODEL_VOCAB_SIZE, 500))
+        self.server.handle(PEER, messages.Hello("s", MODEL_VOCAB_SIZE, 500, False))
         self._tell(messages.StepBegin([self._open(name) for name in self._requests], []))
         while not all(request.is_finished for request in self._requests.values()):
             self._take_steps(self._world.choose(self._serving.free_steps))
@@ -238,7 +238,7 @@ class Engine:
             if request.is_finished:
                 closes.append(name)
             else:
-                commits.append(messages.Commit(name, position, tokens, num_draft_tokens))
+                commits.append(messages.Commit(name, position, tokens, num_draft_tokens, None))
         if closes:
             self._tell(messages.StepBegin([], closes))
         if commits:

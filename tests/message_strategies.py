@@ -38,10 +38,17 @@ durations_ms = st.floats(0, 60_000)
 
 samplings = st.builds(Sampling, st.floats(1e-6, 2.0), st.integers(1, 1024), counts)
 opens = st.builds(Open, identifiers, some_tokens, st.none() | samplings)
-commits = st.builds(Commit, identifiers, int32s, some_tokens, counts)
+commits = st.builds(Commit, identifiers, int32s, some_tokens, counts, st.none() | st.integers(0, 2))
 paces = st.builds(Pace, counts, durations_us, durations_us)
 drafts = st.builds(
-    Draft, identifiers, int32s, token_lists, st.booleans(), st.binary(max_size=40), st.binary(max_size=40)
+    Draft,
+    identifiers,
+    int32s,
+    token_lists,
+    st.booleans(),
+    st.binary(max_size=40),
+    st.binary(max_size=40),
+    st.lists(st.floats(0, 1), max_size=8),
 )
 
 
@@ -51,7 +58,7 @@ def few(elements: st.SearchStrategy) -> st.SearchStrategy[list]:
 
 
 engine_messages: st.SearchStrategy[EngineMessage] = st.one_of(
-    st.builds(Hello, identifiers, sizes, sizes),
+    st.builds(Hello, identifiers, sizes, sizes, st.booleans()),
     st.builds(StepBegin, few(opens), few(identifiers)),
     st.builds(CommitBatch, counts, durations_ms, few(commits), st.none() | paces),
     st.builds(StatusQuery, counts),

@@ -28,6 +28,9 @@ MAX_AUTO_REPLY_TIMEOUT_MS = 50.0
 # Of 1 - sqrt(0.2 H): about 2.5 nats.
 ADAEDL_THRESHOLD = 0.3
 
+# `length_head` of this value needs no file: the draft server learns the classes while it serves.
+ONLINE_HEAD = "online"
+
 # What differs from the defaults of `SpecBranchConfig`, which are those of `best_first`. PEARL submits all it has, has no second
 # candidate, and goes on empty after a miss; SpecBranch ends a chunk early, since its forks are at the end of the chunk only.
 _POLICY_DEFAULTS: Mapping[str, Mapping[str, object]] = {
@@ -70,6 +73,10 @@ class SpecBranchConfig:
         draft_sample_method: drafts of requests with temperature > 0: drawn from the draft's own distribution at that temperature
             (`probabilistic`), or its most likely tokens (`greedy`). Both are lossless.
         draft_top_m: to how many tokens that distribution is truncated, 1..1024.
+        length_head: what says how far the next draft will be accepted (section 5 of the design): the folder of a trained head,
+            `online` for one that is learned while serving, or None.
+        head_layers: of how many last layers the target's hidden states are taken (K of arXiv:2506.01979). A trained head names its
+            own K; given without one, the features are computed for whoever records them, and nothing else uses them.
         deterministic: the same drafts at every run of the same batch: a fixed number of draft steps per round, no rule that looks
             at load or time, and the reply is awaited. Slower; see section 10 of the design.
         draft_placement: where the draft server runs; `process` is a child process on this machine.
@@ -93,6 +100,8 @@ class SpecBranchConfig:
     on_miss: OnMiss = OnMiss("auto")
     draft_sample_method: SampleMethod = "probabilistic"
     draft_top_m: int = 64
+    length_head: str | None = None
+    head_layers: int | None = None
     deterministic: bool = False
     draft_placement: Literal["process"] = "process"
     draft_device: int | None = None
@@ -142,6 +151,13 @@ class SpecBranchConfig:
             raise ConfigError(self.max_branches, "1 with policy 'pearl', which has a single chain", "max_branches")
         if self.policy != "specbranch" and self.branch_rule != "adaptive":
             raise ConfigError(self.branch_rule, "'adaptive' unless policy is 'specbranch'", "branch_rule")
+        if self.policy == "pearl" and self.length_head is not None:
+            raise ConfigError(self.length_head, "none with policy 'pearl', which submits all it has", "length_head")
+
+    @property
+    def trained_head(self) -> str | None:
+        """The folder of the trained head; None if there is none, or one that is learned while serving."""
+        return None if self.length_head == ONLINE_HEAD else self.length_head
 
 
 def load_bare_word_settings(target_model: str) -> dict[str, object]:
@@ -287,6 +303,8 @@ _PARSERS: dict[str, Callable[[object, str], object]] = {
     "on_miss": _on_miss,
     "draft_sample_method": _choice("probabilistic", "greedy"),
     "draft_top_m": _integer(1, 1024),
+    "length_head": _text,
+    "head_layers": _integer(1, 64),
     "deterministic": _flag,
     "draft_placement": _choice("process"),
     "draft_device": _integer(0, None),

@@ -38,7 +38,7 @@ class DraftLink:
 
     Args:
         process: the server's process, not started yet.
-        hello: what to say at a handshake; the session is filled in.
+        vocab_size, max_model_len, wants_top_probs: what to say at a handshake, as in `messages.Hello`.
         counters: updated.
         open_channel: makes a channel to an address.
         clock: seconds, monotonic.
@@ -51,12 +51,14 @@ class DraftLink:
         vocab_size: int,
         max_model_len: int,
         counters: EngineCounters,
+        wants_top_probs: bool = False,
         open_channel: Callable[[str], ClientChannel] = connect,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._process = process
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
+        self._wants_top_probs = wants_top_probs
         self._counters = counters
         self._open_channel = open_channel
         self._clock = clock
@@ -131,7 +133,8 @@ class DraftLink:
     def _say_hello(self) -> None:
         assert self._channel is not None
         self._session = str(next(self._sessions))
-        self._channel.send(messages.Hello(self._session, self._vocab_size, self._max_model_len))
+        hello = messages.Hello(self._session, self._vocab_size, self._max_model_len, self._wants_top_probs)
+        self._channel.send(hello)
 
     def _await_ready(self, timeout_ms: float) -> None:
         assert self._channel is not None

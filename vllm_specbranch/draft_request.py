@@ -139,7 +139,7 @@ class DraftRequest:
         """The chunk that ends at a node (`chunk_end` if None), as it goes to the engine."""
         end = self.chunk_end if end is None else end
         tokens = [self.tree.node(one).token for one in self.tree.path(end)]
-        return Draft(request_id, self.tree.num_tokens, tokens, hit, *self._distributions(end))
+        return Draft(request_id, self.tree.num_tokens, tokens, hit, *self._distributions(end), [])
 
     def _distributions(self, end: int) -> tuple[bytes, bytes]:
         """What the tokens of the chunk that ends at `end` were drawn from, as `Draft` carries it; empty for greedy drafts."""

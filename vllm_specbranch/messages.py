@@ -17,7 +17,7 @@ import msgspec
 
 from vllm_specbranch.errors import WireError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # 3.3 million tokens at msgpack's 5 bytes each; includes the version byte.
 MAX_ENTRIES = 4096  # Requests named in one list of a message; four times vLLM's largest default of max_num_seqs.
 MAX_ID_LENGTH = 256  # Characters of a request id or session name.
@@ -40,6 +40,8 @@ Temperature = Annotated[float, msgspec.Meta(gt=0.0, le=2.0)]  # As in vLLM.
 TopM = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOP_M)]
 Packed = Annotated[bytes, msgspec.Meta(max_length=4 * MAX_CHUNK * MAX_TOP_M)]  # Four-byte numbers, little-endian.
 DurationUs = Annotated[float, msgspec.Meta(ge=0.0, le=_MAX_US)]
+LengthClass = Annotated[int, msgspec.Meta(ge=0, le=2)]
+TopProbs = Annotated[list[Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]], msgspec.Meta(max_length=MAX_CHUNK)]
 
 
 class _Wire(msgspec.Struct, array_like=True, tag=True, frozen=True, forbid_unknown_fields=True):
@@ -83,12 +85,15 @@ class Commit(_Wire, frozen=True):
         tokens: the accepted draft tokens followed by the token that the target sampled.
         num_draft_tokens: how many draft tokens the round verified; fewer than were sent when the scheduler cut them or a
             reply came too late.
+        head_class: what the length head says of the next draft (section 5 of the design): 0 rejected at once, 1 in between, 2 all
+            accepted. None where there is no head. A function of the committed tokens alone.
     """
 
     request_id: Identifier
     position: Position
     tokens: SomeTokens
     num_draft_tokens: Count
+    head_class: LengthClass | None
 
 
 class Draft(_Wire, frozen=True):
@@ -102,6 +107,7 @@ class Draft(_Wire, frozen=True):
         q_ids: `[num_tokens, m]` int32 token ids, row-major: the support of the distribution that each token was drawn from.
             Empty for greedy drafts, which have none.
         q_probs: `[num_tokens, m]` float32, the probabilities of those ids.
+        top_probs: `[num_tokens]`, the draft's top probability where each token was drawn; empty unless `Hello` asked for it.
     """
 
     request_id: Identifier
@@ -110,6 +116,7 @@ class Draft(_Wire, frozen=True):
     hit: bool
     q_ids: Packed
     q_probs: Packed
+    top_probs: TopProbs
 
 
 Opens = Annotated[list[Open], msgspec.Meta(max_length=MAX_ENTRIES)]
@@ -125,11 +132,13 @@ class Hello(_Wire, frozen=True):
         session: names this life of the engine's connection; echoed by `Ready`.
         vocab_size: of the target model.
         max_model_len: of the target model, in tokens.
+        wants_top_probs: whether the drafts of this session are to carry `top_probs`.
     """
 
     session: Identifier
     vocab_size: Size
     max_model_len: Size
+    wants_top_probs: bool
 
 
 class StepBegin(_Wire, frozen=True):

@@ -19,6 +19,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
@@ -62,6 +63,9 @@ class _Runner(Protocol):
 
     input_batch: _InputBatch
 
+
+# Request ids, their numbers of committed tokens (the newest included), and their features `[n, num_features]` (`head_features`).
+FeatureObserver = Callable[[list[str], list[int], torch.Tensor], None]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -115,6 +119,13 @@ class Proposer:
 
     Args:
         vllm_config: of the target; its speculative config is a `SpecBranchSpeculativeConfig`.
+
+    Attributes:
+        counters: of this engine.
+        feature_observer: called once per step, before the commits go out, with what the length head sees; only where the target's
+            hidden states are taken (a head, or `head_layers`), on the output rank.
+        draft_observer: called with each draft that goes to the scheduler, as it came. With `head_layers` it carries
+            `top_probs`.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -129,6 +140,8 @@ class Proposer:
         self._vocab_size: int = vllm_config.model_config.get_vocab_size()
         self.counters = EngineCounters()
         self.scorer = Scorer(self.counters, self._vocab_size)
+        self.feature_observer: FeatureObserver | None = None
+        self.draft_observer: Callable[[messages.Draft], None] | None = None
         self._runner: _Runner | None = None
         self._link: DraftLink | None = None
         self._expected: dict[str, int] = {}
@@ -167,7 +180,13 @@ class Proposer:
             seed=draft.seed,
         )
         process = ServerProcess(self._config, settings, on_cpu=current_platform.is_cpu())
-        link = DraftLink(process, vocab_size=vocab_size, max_model_len=self._max_model_len, counters=self.counters)
+        link = DraftLink(
+            process,
+            vocab_size=vocab_size,
+            max_model_len=self._max_model_len,
+            wants_top_probs=self._config.head_layers is not None,
+            counters=self.counters,
+        )
         # The server takes as long to start as the target does: start both at once.
         try:
             link.poll()
@@ -255,7 +274,9 @@ class Proposer:
                 continue
             if request_id in self._known:
                 num_draft_tokens = self.scorer.num_scheduled(request_id)
-                commits.append(messages.Commit(request_id, num_tokens - len(tokens), list(tokens), num_draft_tokens))
+                commits.append(
+                    messages.Commit(request_id, num_tokens - len(tokens), list(tokens), num_draft_tokens, None)
+                )
                 self._expected[request_id] = num_tokens
             elif request_id not in self._undraftable:
                 sampling = self._sampling.get(request_id)
@@ -297,6 +318,8 @@ class Proposer:
 
     def _hand_over(self, draft: messages.Draft, drafts: SampledDraftTokenIds) -> None:
         """Add one request's draft to what goes to the scheduler."""
+        if self.draft_observer is not None:
+            self.draft_observer(draft)
         drafts.req_ids.append(draft.request_id)
         drafts.draft_token_ids.append(draft.tokens[: self._config.num_speculative_tokens])
         self.scorer.hand_over(draft.request_id, draft.tokens)

@@ -227,7 +227,7 @@ class VirtualServer:
             self._move_in_flight(math.inf)
         self._server.check_integrity()
         # A peer that says hello anew has no requests.
-        self._server.handle(PEER, messages.Hello("over", self._model.vocab_size, self._model.max_model_len))
+        self._server.handle(PEER, messages.Hello("over", self._model.vocab_size, self._model.max_model_len, False))
 
     def _deliver(self, replies: Sequence[Reply]) -> None:
         for _, reply in replies:
@@ -260,7 +260,7 @@ class _Request:
                 break
             num_accepted += 1
         tokens = list(ahead[: num_accepted + 1])
-        commit = messages.Commit(self.name, position, tokens, len(self.chunk))
+        commit = messages.Commit(self.name, position, tokens, len(self.chunk), None)
         self.num_done += len(tokens)
         self.chunk = []
         return commit
@@ -390,7 +390,7 @@ def replay(
         SpecBranchError: the server refuses what is replayed, such as tokens outside the draft's vocabulary.
     """
     server = VirtualServer(config, model, kv, limits, times)
-    server.handle(messages.Hello("replay", model.vocab_size, model.max_model_len))
+    server.handle(messages.Hello("replay", model.vocab_size, model.max_model_len, False))
     result = _Engine(config, server, recordings, times).run(batch_size)
     server.close()
     return result

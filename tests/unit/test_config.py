@@ -46,6 +46,20 @@ def test_pearl_has_its_own_defaults_and_none_of_them_silently_wins_over_the_user
     )
 
 
+def test_a_length_head_is_a_folder_or_learned_while_serving_and_none_is_with_pearl() -> None:
+    given = {one: SpecBranchConfig.from_user({"model": "m", "length_head": one}) for one in (None, "online", "heads/a")}
+    assert [(one.length_head, one.trained_head) for one in given.values()] == [
+        (None, None),
+        ("online", None),
+        ("heads/a", "heads/a"),
+    ]
+    for head in ("online", "heads/a"):
+        with pytest.raises(ConfigError, match="pearl") as caught:
+            SpecBranchConfig.from_user({"model": "m", "policy": "pearl", "length_head": head})
+        assert (caught.value.field, caught.value.value) == ("length_head", head)
+    assert SpecBranchConfig.from_user({"model": "m", "policy": "pearl", "head_layers": 4}).head_layers == 4
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -67,6 +81,12 @@ def test_pearl_has_its_own_defaults_and_none_of_them_silently_wins_over_the_user
         ("on_miss", "wait:65"),
         ("on_miss", "wait:two"),
         ("on_miss", 3),
+        ("length_head", ""),
+        ("length_head", 1),
+        ("length_head", True),
+        ("head_layers", 0),
+        ("head_layers", 65),
+        ("head_layers", 2.0),
         ("draft_placement", "ray"),
         ("draft_device", -1),
         ("draft_cpu_cores", []),

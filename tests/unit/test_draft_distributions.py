@@ -21,7 +21,7 @@ def draft(
     packed_ids = array("i", [one for row in ids for one in row]).tobytes()
     packed_probs = array("f", [one for row in probs for one in row]).tobytes()
     return Draft(
-        "a", 7, tokens, True, packed_ids if q_ids is None else q_ids, packed_probs if q_probs is None else q_probs
+        "a", 7, tokens, True, packed_ids if q_ids is None else q_ids, packed_probs if q_probs is None else q_probs, []
     )
 
 

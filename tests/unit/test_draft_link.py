@@ -86,6 +86,7 @@ class Waiting:
 
 @dataclass
 class Bench:
+    wants_top_probs: bool = False
     clock: Clock = field(default_factory=Clock)
     process: Process = field(default_factory=Process)
     counters: EngineCounters = field(default_factory=EngineCounters)
@@ -98,6 +99,7 @@ class Bench:
             vocab_size=50,
             max_model_len=100,
             counters=self.counters,
+            wants_top_probs=self.wants_top_probs,
             open_channel=self.open_channel,
             clock=self.clock,
         )
@@ -300,7 +302,7 @@ def test_closing_twice_is_fine() -> None:
 
 
 def ahead(number: int, num_tokens: int) -> messages.DraftBatch:
-    draft = messages.Draft("a", 5, list(range(num_tokens)), True, b"", b"")
+    draft = messages.Draft("a", 5, list(range(num_tokens)), True, b"", b"", [])
     return messages.DraftBatch(number, False, [draft], [])
 
 
@@ -365,3 +367,11 @@ def test_a_patient_wait_ends_with_a_refusal() -> None:
     assert bench.link.receive_patiently(1) is None
     assert bench.clock.now_s == started_s
     assert bench.link.is_up
+
+
+def test_the_handshake_asks_for_top_probabilities_only_when_told_to() -> None:
+    for wanted in (False, True):
+        bench = Bench(wants_top_probs=wanted)
+        bench.link.poll()
+        (hello,) = bench.heard()
+        assert isinstance(hello, messages.Hello) and hello.wants_top_probs is wanted

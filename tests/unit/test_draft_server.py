@@ -89,7 +89,7 @@ def test_a_gap_makes_the_request_unknown_and_frees_it() -> None:
     engine = make_engine()
     engine.open("a", [1, 2, 3])
     engine.run(10)
-    replies = engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 5, [1], 0)], None))
+    replies = engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 5, [1], 0, None)], None))
     assert replies == [(PEER, messages.DraftBatch(1, True, [], ["a"]))]
     assert engine.server.kv.num_held == 0
     engine.server.check_integrity()
@@ -115,7 +115,7 @@ def test_a_refused_message_opens_and_commits_nothing_but_closes_what_has_ended()
     engine.run(10)
     held = engine.server.kv.num_held
     with pytest.raises(WireError, match="outside the vocabulary"):
-        engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [50], 0)], None))
+        engine.server.handle(PEER, messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [50], 0, None)], None))
     assert engine.server.kv.num_held == held
     with pytest.raises(WireError, match="outside the vocabulary"):
         engine.server.handle(PEER, messages.StepBegin([messages.Open("b", [999], None)], ["a"]))
@@ -124,7 +124,7 @@ def test_a_refused_message_opens_and_commits_nothing_but_closes_what_has_ended()
 
 def test_another_vocabulary_is_refused_at_the_handshake() -> None:
     engine = make_engine()
-    (_, reply), *_ = engine.server.handle(b"other", messages.Hello("s", 51, 500))
+    (_, reply), *_ = engine.server.handle(b"other", messages.Hello("s", 51, 500, False))
     assert isinstance(reply, messages.Refused)
     assert "51" in reply.reason
 
@@ -132,9 +132,9 @@ def test_another_vocabulary_is_refused_at_the_handshake() -> None:
 def test_a_new_session_drops_the_old_requests_of_that_engine_only() -> None:
     engine = make_engine()
     engine.open("a", [1, 2, 3])
-    engine.server.handle(b"other", messages.Hello("s", 50, 500))
+    engine.server.handle(b"other", messages.Hello("s", 50, 500, False))
     engine.server.handle(b"other", messages.StepBegin([messages.Open("a", [1, 2], None)], []))
-    engine.server.handle(PEER, messages.Hello("s2", 50, 500))
+    engine.server.handle(PEER, messages.Hello("s2", 50, 500, False))
     status = engine.server.handle(PEER, messages.StatusQuery(1))[0][1]
     assert isinstance(status, messages.Status)
     assert status.num_requests == 1
@@ -182,10 +182,10 @@ def test_more_requests_than_rows_all_get_their_turn() -> None:
 def test_serve_answers_until_told_to_stop_and_survives_a_refused_message() -> None:
     engine = make_engine()
     client, endpoint = memory_pair()
-    client.send(messages.Hello("s", 50, 500))
+    client.send(messages.Hello("s", 50, 500, False))
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
     client.send(messages.StepBegin([messages.Open("b", [999], None)], []))
-    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4], 0)], None))
+    client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4], 0, None)], None))
     client.send(messages.Shutdown())
     serve(engine.server, endpoint)
     replies = [client.recv(0.0) for _ in range(3)]
@@ -368,9 +368,9 @@ def test_a_request_whose_reply_was_overtaken_drafts_no_further_than_a_chunk() ->
     for name in ("a", "b"):
         engine.open(name, [1, 2, 3])
     engine.run(100)
-    commits = [messages.Commit(name, 3, [49], 0) for name in ("a", "b")]
+    commits = [messages.Commit(name, 3, [49], 0, None) for name in ("a", "b")]
     engine.server.handle(PEER, messages.CommitBatch(1, 1e4, commits, None))
-    engine.server.handle(PEER, messages.CommitBatch(2, 0.0, [messages.Commit("a", 4, [48], 0)], None))
+    engine.server.handle(PEER, messages.CommitBatch(2, 0.0, [messages.Commit("a", 4, [48], 0, None)], None))
     for _ in range(100):
         engine.server.step()
     tree = engine.server._requests[PEER, "b"].tree

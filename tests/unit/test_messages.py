@@ -35,15 +35,15 @@ from vllm_specbranch.messages import (
 VERSION = bytes([messages.PROTOCOL_VERSION])
 # One message of each kind, with nothing empty in it: the material of the systematic tests.
 TO_SERVER: list[Message] = [
-    Hello("session", 151936, 4096),
+    Hello("session", 151936, 4096, True),
     StepBegin([Open("a", [1, 2, 70000], Sampling(0.5, 64, 12345))], ["b"]),
-    CommitBatch(7, 2.5, [Commit("a", 12, [5, 6], 3)], Pace(9, 20000.5, 100.0)),
+    CommitBatch(7, 2.5, [Commit("a", 12, [5, 6], 3, 2)], Pace(9, 20000.5, 100.0)),
     StatusQuery(3),
     Shutdown(),
 ]
 TO_ENGINE: list[Message] = [
     Ready("session", 4096, 512, 32),
-    DraftBatch(7, True, [Draft("a", 14, [8, 9], True, b"qids", b"qpro")], ["b"]),
+    DraftBatch(7, True, [Draft("a", 14, [8, 9], True, b"qids", b"qpro", [0.5, 0.25])], ["b"]),
     Status(3, 1, 2, 512, {"hits": 4}, {"forward": 1.5}),
     Failure("out of memory"),
 ]
@@ -99,10 +99,22 @@ def test_server_messages_survive(message: Message) -> None:
 
 def test_layout_on_the_wire_is_fixed() -> None:
     """A change here needs a new PROTOCOL_VERSION."""
-    assert messages.PROTOCOL_VERSION == 2
-    assert encode(StatusQuery(3)) == b"\x02\x92\xabStatusQuery\x03"
-    assert plain(TO_SERVER[2]) == ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [5, 6], 3]], ["Pace", 9, 20000.5, 100.0]]
-    assert plain(TO_ENGINE[1]) == ["DraftBatch", 7, True, [["Draft", "a", 14, [8, 9], True, b"qids", b"qpro"]], ["b"]]
+    assert messages.PROTOCOL_VERSION == 3
+    assert encode(StatusQuery(3)) == b"\x03\x92\xabStatusQuery\x03"
+    assert plain(TO_SERVER[2]) == [
+        "CommitBatch",
+        7,
+        2.5,
+        [["Commit", "a", 12, [5, 6], 3, 2]],
+        ["Pace", 9, 20000.5, 100.0],
+    ]
+    assert plain(TO_ENGINE[1]) == [
+        "DraftBatch",
+        7,
+        True,
+        [["Draft", "a", 14, [8, 9], True, b"qids", b"qpro", [0.5, 0.25]]],
+        ["b"],
+    ]
 
 
 def test_messages_cannot_be_changed() -> None:
@@ -122,7 +134,7 @@ def test_empty_is_refused(decode: Decode) -> None:
 
 
 @each_message
-@pytest.mark.parametrize("version", [0, 1, 255])
+@pytest.mark.parametrize("version", [0, 1, 2, 255])
 def test_other_version_is_refused_and_both_are_named(message: Message, decode: Decode, version: int) -> None:
     with pytest.raises(WireError, match=rf"version {version}; this side speaks {messages.PROTOCOL_VERSION}"):
         decode(bytes([version]) + encode(message)[1:])
@@ -136,7 +148,7 @@ def test_wrong_direction_is_refused(message: Message, decode: Decode) -> None:
 
 
 def test_entries_are_not_messages() -> None:
-    for entry in (Open("a", [1], None), Commit("a", 1, [1], 3), Draft("a", 1, [1], True, b"", b"")):
+    for entry in (Open("a", [1], None), Commit("a", 1, [1], 3, None), Draft("a", 1, [1], True, b"", b"", [])):
         for decode in (decode_for_server, decode_for_engine):
             refused(decode, entry)
 
@@ -215,6 +227,8 @@ def test_wrong_types_are_refused(message: Message, decode: Decode) -> None:
                     continue  # A whole number is a fine duration.
                 if wrong is None and isinstance(struct[entry], list) and struct[entry][:1] in (["Sampling"], ["Pace"]):
                     continue  # A request without sampling is drafted for greedily; a prefill step has no pace.
+                if (struct[0], entry, wrong) in (("Commit", 5, None), ("Commit", 5, 1)):
+                    continue  # Without a head there is no class; 1 is one.
                 spoilt = plain(message)
                 structs_in(spoilt)[index][entry] = wrong
                 refused(decode, spoilt)
@@ -223,8 +237,8 @@ def test_wrong_types_are_refused(message: Message, decode: Decode) -> None:
 @pytest.mark.parametrize("wrong", [None, True, 1.0, "1", -1, 2**31, [1]])
 def test_wrong_tokens_are_refused(wrong: object) -> None:
     refused(decode_for_server, ["StepBegin", [["Open", "a", [1, wrong], None]], []])
-    refused(decode_for_server, ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [wrong]]], None])
-    refused(decode_for_engine, ["DraftBatch", 7, [["Draft", "a", 12, [wrong, 2], True]], []])
+    refused(decode_for_server, ["CommitBatch", 7, 2.5, [["Commit", "a", 12, [wrong], 0, None]], None])
+    refused(decode_for_engine, ["DraftBatch", 7, True, [["Draft", "a", 12, [wrong, 2], True, b"", b"", []]], []])
 
 
 # Ranges.
@@ -239,19 +253,25 @@ def test_wrong_tokens_are_refused(wrong: object) -> None:
         (decode_for_server, ["CommitBatch", 1, 60_000.5, [], None]),
         (decode_for_server, ["CommitBatch", 1, float("nan"), [], None]),
         (decode_for_server, ["CommitBatch", 1, float("inf"), [], None]),
-        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", -1, [1]]], None]),
-        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 2**31, [1]]], None]),
-        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 1, []]], None]),
+        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", -1, [1], 0, None]], None]),
+        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 2**31, [1], 0, None]], None]),
+        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 1, [], 0, None]], None]),
+        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 1, [1], 0, -1]], None]),
+        (decode_for_server, ["CommitBatch", 1, 2.5, [["Commit", "a", 1, [1], 0, 3]], None]),
         (decode_for_server, ["StepBegin", [["Open", "a", [], None]], []]),
-        (decode_for_server, ["Hello", "s", 0, 1]),
-        (decode_for_server, ["Hello", "s", 1, 0]),
-        (decode_for_server, ["Hello", "s", -5, 1]),
+        (decode_for_server, ["Hello", "s", 0, 1, False]),
+        (decode_for_server, ["Hello", "s", 1, 0, False]),
+        (decode_for_server, ["Hello", "s", -5, 1, False]),
         (decode_for_server, ["StatusQuery", -1]),
         (decode_for_engine, ["Ready", "s", 0, 1, 1]),
         (decode_for_engine, ["Ready", "s", 1, 0, 1]),
         (decode_for_engine, ["Ready", "s", 1, 1, 0]),
         (decode_for_engine, ["DraftBatch", -1, [], []]),
-        (decode_for_engine, ["DraftBatch", 1, True, [["Draft", "a", -1, [], True]], []]),
+        (decode_for_engine, ["DraftBatch", 1, True, [["Draft", "a", -1, [], True, b"", b"", []]], []]),
+        (decode_for_engine, ["DraftBatch", 1, True, [["Draft", "a", 1, [1], True, b"", b"", [1.5]]], []]),
+        (decode_for_engine, ["DraftBatch", 1, True, [["Draft", "a", 1, [1], True, b"", b"", [-0.5]]], []]),
+        (decode_for_engine, ["DraftBatch", 1, True, [["Draft", "a", 1, [1], True, b"", b"", [float("nan")]]], []]),
+        (decode_for_engine, ["DraftBatch", 1, True, [["Draft", "a", 1, [1], True, b"", b"", [0.5] * 65]], []]),
         (decode_for_engine, ["Status", -1, 0, 0, 0, {}, {}]),
         (decode_for_engine, ["Status", 0, -1, 0, 0, {}, {}]),
         (decode_for_engine, ["Status", 0, 0, -1, 0, {}, {}]),
@@ -272,12 +292,12 @@ def test_id_length_limit_is_exact() -> None:
     longest, too_long = "é" * 256, "é" * 257
     assert messages.MAX_ID_LENGTH == 256
     for make, decode in (
-        (lambda name: Hello(name, 1, 1), decode_for_server),
+        (lambda name: Hello(name, 1, 1, False), decode_for_server),
         (lambda name: StepBegin([Open(name, [1], None)], []), decode_for_server),
         (lambda name: StepBegin([], [name]), decode_for_server),
-        (lambda name: CommitBatch(1, 2.5, [Commit(name, 1, [1], 3)], None), decode_for_server),
+        (lambda name: CommitBatch(1, 2.5, [Commit(name, 1, [1], 3, None)], None), decode_for_server),
         (lambda name: Ready(name, 1, 1, 1), decode_for_engine),
-        (lambda name: DraftBatch(1, True, [Draft(name, 1, [1], True, b"", b"")], []), decode_for_engine),
+        (lambda name: DraftBatch(1, True, [Draft(name, 1, [1], True, b"", b"", [])], []), decode_for_engine),
         (lambda name: DraftBatch(1, True, [], [name]), decode_for_engine),
     ):
         assert decode(encode(make(longest))) == make(longest)
@@ -290,8 +310,8 @@ def test_list_length_limit_is_exact() -> None:
     for make, decode in (
         (lambda n: StepBegin([Open("a", [1], None)] * n, []), decode_for_server),
         (lambda n: StepBegin([], ["a"] * n), decode_for_server),
-        (lambda n: CommitBatch(1, 2.5, [Commit("a", 1, [1], 3)] * n, None), decode_for_server),
-        (lambda n: DraftBatch(1, True, [Draft("a", 1, [1], True, b"", b"")] * n, []), decode_for_engine),
+        (lambda n: CommitBatch(1, 2.5, [Commit("a", 1, [1], 3, None)] * n, None), decode_for_server),
+        (lambda n: DraftBatch(1, True, [Draft("a", 1, [1], True, b"", b"", [])] * n, []), decode_for_engine),
         (lambda n: DraftBatch(1, True, [], ["a"] * n), decode_for_engine),
     ):
         assert decode(encode(make(4096))) == make(4096)
@@ -395,5 +415,5 @@ def test_sampling_out_of_range_is_refused(wrong: tuple[float, int, int]) -> None
 
 def test_distributions_have_a_limit() -> None:
     most = b"x" * (4 * messages.MAX_CHUNK * messages.MAX_TOP_M)
-    assert decode_for_engine(encode(DraftBatch(1, True, [Draft("a", 1, [1], True, most, most)], [])))
-    refused(decode_for_engine, ["DraftBatch", 1, True, [["Draft", "a", 1, [1], True, most + b"x", b""]], []])
+    assert decode_for_engine(encode(DraftBatch(1, True, [Draft("a", 1, [1], True, most, most, [])], [])))
+    refused(decode_for_engine, ["DraftBatch", 1, True, [["Draft", "a", 1, [1], True, most + b"x", b"", []]], []])

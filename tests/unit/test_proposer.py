@@ -134,7 +134,7 @@ def reply(
     return messages.DraftBatch(
         round_number,
         True,
-        [messages.Draft(name, *draft, True, b"", b"") for name, draft in drafts.items()],
+        [messages.Draft(name, *draft, True, b"", b"", []) for name, draft in drafts.items()],
         list(unknown),
     )
 
@@ -145,7 +145,7 @@ def test_a_request_from_open_to_close(bench: Bench) -> None:
     assert bench.propose({"a": [4]}) == [[]], "drafts come later"
     (batch,) = bench.line.take()
     assert isinstance(batch, messages.CommitBatch)
-    assert batch.commits == [messages.Commit("a", 3, [4], 0)]
+    assert batch.commits == [messages.Commit("a", 3, [4], 0, None)]
     bench.line.replies = [reply(batch.round, {"a": (4, [5, 6])})]
     drafts = bench.proposer.take_draft_token_ids()
     assert drafts is not None
@@ -154,7 +154,7 @@ def test_a_request_from_open_to_close(bench: Bench) -> None:
     bench.propose({"a": [5, 9]})
     (batch,) = bench.line.take()
     assert isinstance(batch, messages.CommitBatch)
-    assert batch.commits == [messages.Commit("a", 4, [5, 9], 2)]
+    assert batch.commits == [messages.Commit("a", 4, [5, 9], 2, None)]
     counters = bench.proposer.counters
     assert (counters.num_draft_tokens, counters.num_accepted_tokens) == (2, 1)
     bench.begin(finished=["a"])
@@ -212,7 +212,7 @@ def test_a_new_generation_opens_running_requests_from_their_history(bench: Bench
     bench.propose({"a": [7]})
     (batch,) = bench.line.take()
     assert isinstance(batch, messages.CommitBatch)
-    assert batch.commits == [messages.Commit("a", 6, [7], 0)]
+    assert batch.commits == [messages.Commit("a", 6, [7], 0, None)]
 
 
 def test_a_request_that_the_server_does_not_know_is_opened_again(bench: Bench) -> None:
@@ -350,9 +350,9 @@ def test_distributions_go_to_the_scheduler_with_their_drafts_and_unsound_ones_do
             1,
             True,
             [
-                messages.Draft("a", 2, [6, 8], True, ids, probs),
-                messages.Draft("b", 3, [6, 9], True, ids, probs),
-                messages.Draft("c", 2, [6], True, b"", b""),
+                messages.Draft("a", 2, [6, 8], True, ids, probs, []),
+                messages.Draft("b", 3, [6, 9], True, ids, probs, []),
+                messages.Draft("c", 2, [6], True, b"", b"", []),
             ],
             [],
         )
@@ -389,5 +389,5 @@ def test_a_full_batch_of_distributions_fits_into_one_message(
     top_m = proposer.most_top_m(config, max_num_seqs)
     assert top_m == expected
     packed = b"x" * (4 * gamma * top_m)
-    draft = messages.Draft("request-0123456789", 10**6, [10**6] * gamma, True, packed, packed)
+    draft = messages.Draft("request-0123456789", 10**6, [10**6] * gamma, True, packed, packed, [])
     assert messages.encode(messages.DraftBatch(1, True, [draft] * max_num_seqs, []))

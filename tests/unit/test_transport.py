@@ -35,7 +35,7 @@ from vllm_specbranch.transport import QUEUE_LENGTH, ClientChannel, ServerEndpoin
 
 SOON_MS = 5000.0  # For what must arrive; reached only by a failing test.
 BLOCKED_S = 1.0  # No call that must not block may take this long, even on a busy machine.
-HELLO = Hello("session", 151936, 4096)
+HELLO = Hello("session", 151936, 4096, False)
 READY = Ready("session", 4096, 512, 32)
 GARBAGE = b"\x01garbage"
 
@@ -152,13 +152,13 @@ def test_messages_go_both_ways_in_order(pair: Pair) -> None:
     peer = introduce(client, server)
     sent = [
         StepBegin([Open("a", [1, 2], None)], ["b"]),
-        CommitBatch(1, 2.5, [Commit("a", 2, [3], 3)], None),
+        CommitBatch(1, 2.5, [Commit("a", 2, [3], 3, None)], None),
         StatusQuery(1),
         Shutdown(),
     ]
     assert all(client.send(message) for message in sent)
     assert [server.recv(SOON_MS) for _ in sent] == [(peer, message) for message in sent]
-    replies = [READY, DraftBatch(1, True, [Draft("a", 3, [4], True, b"", b"")], ["c"]), Failure("why")]
+    replies = [READY, DraftBatch(1, True, [Draft("a", 3, [4], True, b"", b"", [])], ["c"]), Failure("why")]
     assert all(server.send(peer, reply) for reply in replies)
     assert [client.recv(SOON_MS) for _ in replies] == replies
     assert client.num_dropped == server.num_dropped == 0
@@ -444,7 +444,7 @@ def test_hung_client_blocks_neither_the_server_nor_other_clients(connect: Callab
     server, hung, client = bind(), connect(), connect()
     hung_peer, peer = introduce(hung, server), introduce(client, server)
     assert hung_peer != peer
-    large = DraftBatch(1, True, [Draft("a", 1, [100_000] * 20_000, True, b"", b"")], [])
+    large = DraftBatch(1, True, [Draft("a", 1, [100_000] * 20_000, True, b"", b"", [])], [])
     results: list[bool] = []
     start = time.monotonic()
     while (not results or results[-1]) and len(results) < 1000:
@@ -459,7 +459,7 @@ def test_client_talks_to_a_server_restarted_at_the_same_address(connect: Callabl
     client = connect()
     for life in range(3):
         server = bind()
-        hello = Hello(f"life {life}", 151936, 4096)
+        hello = Hello(f"life {life}", 151936, 4096, False)
         assert client.send(hello)
         peer = wait_for(server, hello)
         assert server.send(peer, Ready(f"life {life}", 4096, 512, 32))
