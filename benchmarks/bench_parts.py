@@ -67,10 +67,8 @@ def cases() -> list[Case]:
         Case("no replies during a draft step", without=("replies in flight",)),
         Case("all rows in every draft step", without=("row budget",)),
         Case("no calibration of the draft's confidence", without=("calibration",)),
-        Case("no price of verification", without=("price of verification",)),
         Case("no wait after a miss", {"on_miss": "go"}),
         Case("no branches inside the chunk", {"policy": "specbranch", "stop_rule": "none", "max_branches": 32}),
-        Case("no branches at all", {"policy": "specbranch", "stop_rule": "none", "max_branches": 1}),
         Case("neither branches nor waits (pearl)", {"policy": "pearl"}),
     ]
 
