@@ -1,9 +1,10 @@
-"""What a draft server knows of one engine: its open reply, and how fast and how lucky it has been. Pure Python."""
+"""What a draft server knows of one engine: its open reply, and how fast it has been. Pure Python."""
 
 import math
 from dataclasses import dataclass, field
 
 from vllm_specbranch.costs import LinearCost
+from vllm_specbranch.draft_request import DraftRequest
 from vllm_specbranch.messages import CommitBatch
 
 # Weight of the newest value in the running means; short, because batch sizes change within tens of rounds.
@@ -23,6 +24,7 @@ class PendingReply:
         deadline_s: when it must be answered, whatever there is.
         free_until_s: until then the engine is busy with itself, and a wait costs nothing.
         sent: per sampled request how many tokens have been sent ahead of the answer.
+        growing: (request, end of its chunk) that the answer waits for, as decided when it was last looked at.
     """
 
     round: int
@@ -31,6 +33,7 @@ class PendingReply:
     deadline_s: float
     free_until_s: float = 0.0
     sent: dict[str, int] = field(default_factory=dict)
+    growing: list[tuple[DraftRequest, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -41,8 +44,6 @@ class Peer:
     last_commit_s: float | None = None
     token_s: float = 0.0
     round_s: float = 0.0
-    accepted: float = 1.0
-    tried: float = 2.0
     num_requests: int = 1
     num_rounds: int = 0
     verification: LinearCost = field(default_factory=LinearCost)
@@ -64,12 +65,6 @@ class Peer:
             self.token_s = token_s if not self.token_s else self.token_s + MEAN_WEIGHT * (token_s - self.token_s)
         self.last_commit_s = now_s
 
-    def observe_outcome(self, num_draft_tokens: int, num_accepted: int) -> None:
-        """Take in how many draft tokens of a chunk were accepted; old rounds fade."""
-        keep = 1.0 - MEAN_WEIGHT / 4
-        self.accepted = keep * self.accepted + num_accepted
-        self.tried = keep * self.tried + num_accepted + (num_accepted < num_draft_tokens)
-
     @property
     def verification_s(self) -> float:
         """How long the target is busy in one round, without waits for drafts; 0 before it was measured."""
@@ -85,8 +80,3 @@ class Peer:
         if not self.token_s:
             return 0.0
         return self.verification.slope_s * self.num_requests / self.token_s
-
-    @property
-    def acceptance(self) -> float:
-        """Estimated chance that one drafted token is accepted, 0..1."""
-        return self.accepted / self.tried

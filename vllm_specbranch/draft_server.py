@@ -111,7 +111,7 @@ class DraftServer(DraftSteps):
         pending = PendingReply(message.round, {}, [], now_s + message.max_wait_ms / 1e3, now_s + slack_s)
         prices = self._prices(peer, message.commits)
         for commit, price in zip(message.commits, prices, strict=True):
-            hit = self._commit(peer, (peer_id, commit.request_id), commit, price)
+            hit = self._commit((peer_id, commit.request_id), commit, price)
             if hit is None:
                 pending.unknown.append(commit.request_id)
             else:
@@ -135,7 +135,7 @@ class DraftServer(DraftSteps):
             prices[ranks.index(min(ranks))] = 0.0
         return prices
 
-    def _commit(self, peer: Peer, key: Key, commit: messages.Commit, price: float) -> bool | None:
+    def _commit(self, key: Key, commit: messages.Commit, price: float) -> bool | None:
         request = self._requests.pop(key, None)
         if request is None:
             return None
@@ -150,7 +150,6 @@ class DraftServer(DraftSteps):
         # The requests are kept in the order of their last commit: the first is the first to be evicted.
         self._requests[key] = request
         self._count(result.hit, result.num_matched, line, num_nodes - len(tree))
-        peer.observe_outcome(commit.num_draft_tokens, min(commit.num_draft_tokens, len(commit.tokens) - 1))
         if not self._fits(request):
             request.evict()
         else:
@@ -242,7 +241,7 @@ class DraftServer(DraftSteps):
         costs = WaitCosts(
             max(0.0, delay_s),
             peer.token_s,
-            peer.acceptance,
+            self._planner.acceptance.mean,
             max(1, len(pending.hits)),
             peer.verification_s / one_s if one_s and peer.verification_s else math.inf,
             peer.price if self._planner.weighs_load else 0.0,
@@ -252,12 +251,9 @@ class DraftServer(DraftSteps):
         return [(request, chunk.end) for request, chunk in growing]
 
     def _awaited_growth(self) -> list[tuple[DraftRequest, int]]:
-        return [
-            one
-            for peer_id, peer in self._peers.items()
-            if peer.pending is not None
-            for one in self._waits_for(peer_id, peer.pending)
-        ]
+        """As decided at the end of the last step, or when the batch came; without what was closed or evicted since."""
+        pending = [peer.pending for peer in self._peers.values() if peer.pending is not None]
+        return [one for each in pending for one in each.growing if not one[0].is_evicted]
 
     def _awaited(self) -> set[int]:
         return {
@@ -273,7 +269,8 @@ class DraftServer(DraftSteps):
         for peer_id, peer in self._peers.items():
             if peer.pending is None:
                 continue
-            if self._waits_for(peer_id, peer.pending):
+            peer.pending.growing = self._waits_for(peer_id, peer.pending)
+            if peer.pending.growing:
                 replies += self._send_ahead(peer_id, peer.pending)
             else:
                 replies.append((peer_id, self._reply(peer_id, peer.pending)))

@@ -251,6 +251,44 @@ def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_distributions
     engine.server.check_integrity()
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_whether_a_reply_waits_is_decided_once_a_step(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(stop_rule="none", on_miss="wait:4", deterministic=deterministic)
+    decisions = 0
+    right = type(engine.server)._waits_for
+
+    def counted(*args: Any) -> Any:
+        nonlocal decisions
+        decisions += 1
+        return right(*args)
+
+    monkeypatch.setattr(type(engine.server), "_waits_for", counted)
+    engine.open("a", [1, 2, 3])
+    engine.run(100)
+    before = engine.server.counters.num_steps
+    engine.commit({"a": (3, [49])})
+    assert len(engine.drafts["a"]) == 4, "one step for each token was waited for"
+    assert decisions == 1 + engine.server.counters.num_steps - before == 5, "when the batch came, and after each step"
+
+
+def test_what_is_closed_while_its_reply_waits_is_drafted_no_further() -> None:
+    engine = make_engine(stop_rule="none", on_miss="wait:4")
+    for name in ("a", "b"):
+        engine.open(name, [1, 2, 3])
+    engine.run(100)
+    commits = [messages.Commit(name, 3, [49], 0, None) for name in ("a", "b")]
+    assert engine.server.handle(PEER, messages.CommitBatch(1, 1e4, commits, None)) == []
+    engine.server.handle(PEER, messages.StepBegin([], ["a"]))
+    replies = []
+    while not replies:
+        replies, _ = engine.server.step()
+        assert engine.model.rows_per_forward[-1] == 1
+        engine.server.check_integrity()
+    (_, batch), *_ = replies
+    assert isinstance(batch, messages.DraftBatch)
+    assert {draft.request_id: len(draft.tokens) for draft in batch.drafts} == {"b": 4}
+
+
 def test_sampled_drafts_are_sent_ahead_while_the_reply_waits() -> None:
     """So that a late reply cannot make the fate of a token depend on how long the chunk grew after it (rule 2)."""
     engine = make_engine(stop_rule="none", on_miss="wait:4")

@@ -194,6 +194,16 @@ def test_how_far_a_branch_grows_depends_on_nothing_drawn_in_it(
     assert result.seen["num_narrowings"] + result.seen["num_evictions"] > 0
 
 
+def test_the_price_of_a_branch_and_its_growth_are_guarded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either break alone shows nothing in the third case above: values that are all alike stop all branches alike."""
+    monkeypatch.setattr(DraftServer, "_prices", lambda self, peer, commits: [0.5] * len(commits))
+    monkeypatch.setattr(StepTimings, "row_cost", property(lambda self: 0.3))
+    monkeypatch.setattr(Branching, "grow_extension", by_what_was_drawn)
+    monkeypatch.setattr(Branching, "extensions", where_it_pays)
+    serving = Serving(LONG, {**BEST_FIRST, "on_miss": "go"}, num_blocks=6, block_size=1)
+    assert run(Case(serving, seed=5)).difference > REJECTED
+
+
 # Breaks of the real code. Each takes the place of one method of the draft server.
 
 
@@ -290,6 +300,16 @@ def by_what_was_drawn(self: Branching, tree: TokenTree, leaf: int, child_id: int
 
 
 RIGHT_GROW_EXTENSION = Branching.grow_extension
+
+
+def where_it_pays(
+    self: Branching, tree: TokenTree, end: int, *, is_sampled: bool, price: float = 0.0
+) -> list[tuple[int, int]]:
+    """`Branching.extensions` with the price of a greedy request (rule 2, by the same way)."""
+    return RIGHT_EXTENSIONS(self, tree, end, is_sampled=False, price=price)
+
+
+RIGHT_EXTENSIONS = Branching.extensions
 
 
 def nothing(*_: object) -> list[object]:
