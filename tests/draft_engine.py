@@ -163,7 +163,7 @@ def make_engine(num_blocks: int = 400, limits: Limits | None = None, **keys: obj
     planner = Planner(config)
     clock = Clock()
     server = make_server(config, model, KVBlocks(num_blocks, BLOCK_SIZE), limits or Limits(), clock)
-    replies = server.handle(PEER, messages.Hello("s", model.vocab_size, 500, False))
+    replies = server.handle(PEER, messages.Hello("s", model.vocab_size, 500, False, None))
     assert replies == [(PEER, messages.Ready("s", model.max_model_len, num_blocks, BLOCK_SIZE))]
     threshold = 0.0 if config.stop_rule == "none" else config.stop_threshold
     return Engine(server, model, config.num_speculative_tokens, planner.num_candidates, planner, threshold, clock)

@@ -195,7 +195,7 @@ class Engine:
 
     def run(self) -> tuple[Prefix, ...]:
         """All requests to their ends; returns their outputs."""
-        self.server.handle(PEER, messages.Hello("s", MODEL_VOCAB_SIZE, 500, False))
+        self.server.handle(PEER, messages.Hello("s", MODEL_VOCAB_SIZE, 500, False, None))
         self._tell(messages.StepBegin([self._open(name) for name in self._requests], []))
         while not all(request.is_finished for request in self._requests.values()):
             self._take_steps(self._world.choose(self._serving.free_steps))

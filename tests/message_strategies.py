@@ -10,6 +10,7 @@ from vllm_specbranch.messages import (
     DraftBatch,
     EngineMessage,
     Failure,
+    Farewell,
     Hello,
     Open,
     Pace,
@@ -21,6 +22,7 @@ from vllm_specbranch.messages import (
     Status,
     StatusQuery,
     StepBegin,
+    Terms,
 )
 
 MAX_INT32 = 2**31 - 1
@@ -40,6 +42,7 @@ samplings = st.builds(Sampling, st.floats(1e-6, 2.0), st.integers(1, 1024), coun
 opens = st.builds(Open, identifiers, some_tokens, st.none() | samplings)
 commits = st.builds(Commit, identifiers, int32s, some_tokens, counts, st.none() | st.integers(0, 2))
 paces = st.builds(Pace, counts, durations_us, durations_us)
+terms = st.builds(Terms, identifiers, identifiers, st.integers(1, 64))
 drafts = st.builds(
     Draft,
     identifiers,
@@ -58,7 +61,7 @@ def few(elements: st.SearchStrategy) -> st.SearchStrategy[list]:
 
 
 engine_messages: st.SearchStrategy[EngineMessage] = st.one_of(
-    st.builds(Hello, identifiers, sizes, sizes, st.booleans()),
+    st.builds(Hello, identifiers, sizes, sizes, st.booleans(), st.none() | terms),
     st.builds(StepBegin, few(opens), few(identifiers)),
     st.builds(CommitBatch, counts, durations_ms, few(commits), st.none() | paces),
     st.builds(StatusQuery, counts),
@@ -66,7 +69,8 @@ engine_messages: st.SearchStrategy[EngineMessage] = st.one_of(
 )
 server_messages: st.SearchStrategy[ServerMessage] = st.one_of(
     st.builds(Ready, identifiers, sizes, sizes, sizes),
-    st.builds(Refused, identifiers, text),
+    st.builds(Refused, identifiers, text, st.booleans()),
+    st.builds(Farewell, text),
     st.builds(DraftBatch, counts, st.booleans(), few(drafts), few(identifiers)),
     st.builds(
         Status,

@@ -13,10 +13,10 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
 from vllm_specbranch import messages
 from vllm_specbranch.metrics import EngineCounters
-from vllm_specbranch.placement import ServerProcess
 from vllm_specbranch.transport import ClientChannel, connect
 
 logger = logging.getLogger("vllm.specbranch.draft_link")
@@ -25,20 +25,51 @@ logger = logging.getLogger("vllm.specbranch.draft_link")
 SILENCE_S = 1.0
 # Silent for this long: it will not come back, start another.
 HUNG_S = 10.0
-# Loading and compiling a draft model takes seconds to minutes; a download may be part of it.
-LONGEST_START_S = 900.0
 # How often the life of a server is checked while its reply is awaited.
 PATIENT_WAIT_MS = 100.0
 FIRST_PROBE_S = 0.25
 LONGEST_PROBE_S = 4.0
 
 
+class Server(Protocol):
+    """Where a draft server is: a process to start (`placement.ServerProcess`), or an address (`remote_server.RemoteServer`).
+
+    Attributes:
+        longest_start_s: a server that has not answered the handshake for so long is begun with anew.
+    """
+
+    longest_start_s: float
+
+    @property
+    def address(self) -> str:
+        """Where the newest one listens."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, where that is known."""
+
+    def is_running(self) -> bool:
+        """Whether there may be somebody to talk to."""
+
+    def ensure_running(self) -> bool:
+        """Begin if it does not run and its back-off is over; whether it was begun now."""
+
+    def kill(self) -> None:
+        """Give up one that does not answer."""
+
+    def refused(self, is_final: bool) -> None:
+        """It does not draft for this engine: now, or ever."""
+
+    def stop(self) -> None:
+        """End for good. Safe to call again."""
+
+
 class DraftLink:
     """One line to one draft server.
 
     Args:
-        process: the server's process, not started yet.
-        vocab_size, max_model_len, wants_top_probs: what to say at a handshake, as in `messages.Hello`.
+        server: where the server is; not started yet.
+        vocab_size, max_model_len, wants_top_probs, terms: what to say at a handshake, as in `messages.Hello`.
         counters: updated.
         open_channel: makes a channel to an address.
         clock: seconds, monotonic.
@@ -46,19 +77,21 @@ class DraftLink:
 
     def __init__(
         self,
-        process: ServerProcess,
+        server: Server,
         *,
         vocab_size: int,
         max_model_len: int,
         counters: EngineCounters,
         wants_top_probs: bool = False,
+        terms: messages.Terms | None = None,
         open_channel: Callable[[str], ClientChannel] = connect,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._process = process
+        self._server = server
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._wants_top_probs = wants_top_probs
+        self._terms = terms
         self._counters = counters
         self._open_channel = open_channel
         self._clock = clock
@@ -79,7 +112,7 @@ class DraftLink:
     @property
     def server_pid(self) -> int | None:
         """Process id of the newest server."""
-        return self._process.pid
+        return self._server.pid
 
     @property
     def num_malformed(self) -> int:
@@ -88,25 +121,27 @@ class DraftLink:
 
     def poll(self) -> None:
         """Look after the line: start or restart the server, shake hands, probe a silent one. Never waits."""
-        if self._process.is_running():
+        if self._server.is_running():
             self._poll_running()
         else:
             self._lose_server()
-            if self._refusal is None and self._process.ensure_running():
+            if self._server.ensure_running():
                 self._greet_new_server()
 
     def _poll_running(self) -> None:
         if self.is_up:
             return
         now_s = self._clock()
-        if self._silent_since_s is None and now_s - self._greeted_s > LONGEST_START_S:
-            logger.warning("The draft server has been starting for %.0f s and is restarted.", LONGEST_START_S)
-            self._process.kill()
+        if self._silent_since_s is None and now_s - self._greeted_s > self._server.longest_start_s:
+            logger.warning(
+                "The draft server has not come up for %.0f s and is begun with anew.", self._server.longest_start_s
+            )
+            self._server.kill()
             return
         if self._silent_since_s is not None:
             if now_s - self._silent_since_s > HUNG_S:
-                logger.warning("The draft server has not answered for %.0f s and is restarted.", HUNG_S)
-                self._process.kill()
+                logger.warning("The draft server has not answered for %.0f s and is begun with anew.", HUNG_S)
+                self._server.kill()
                 return
             if now_s >= self._next_probe_s:
                 self._probe_s = min(2 * self._probe_s, LONGEST_PROBE_S)
@@ -125,7 +160,7 @@ class DraftLink:
 
     def _greet_new_server(self) -> None:
         self._counters.num_server_starts += 1
-        self._channel = self._open_channel(self._process.address)
+        self._channel = self._open_channel(self._server.address)
         self._silent_since_s = None
         self._greeted_s = self._clock()
         self._say_hello()
@@ -133,7 +168,7 @@ class DraftLink:
     def _say_hello(self) -> None:
         assert self._channel is not None
         self._session = str(next(self._sessions))
-        hello = messages.Hello(self._session, self._vocab_size, self._max_model_len, self._wants_top_probs)
+        hello = messages.Hello(self._session, self._vocab_size, self._max_model_len, self._wants_top_probs, self._terms)
         self._channel.send(hello)
 
     def _await_ready(self, timeout_ms: float) -> None:
@@ -144,22 +179,25 @@ class DraftLink:
             if message is None:
                 return
             if isinstance(message, messages.Refused) and message.session == self._session:
-                self._refuse(message.reason)
+                self._refuse(message)
                 return
             if isinstance(message, messages.Ready) and message.session == self._session:
                 self._become_up(message)
                 return
 
-    def _refuse(self, reason: str) -> None:
-        if self._refusal is None:
-            logger.error("The draft server refuses to work for this engine, which goes on without drafts: %s", reason)
-        self._refusal = reason
-        self._process.stop()
+    def _refuse(self, refusal: messages.Refused) -> None:
+        if refusal.reason != self._refusal:
+            logger.error(
+                "The draft server refuses to work for this engine, which goes on without drafts: %s", refusal.reason
+            )
+        self._refusal = refusal.reason
+        self._server.refused(refusal.is_final)
 
     def _become_up(self, ready: messages.Ready) -> None:
         if self.generation:
             logger.warning("The draft server is back; running requests are drafted for again.")
         self.is_up = True
+        self._refusal = None
         self.generation += 1
         self.draft_max_model_len = ready.max_model_len
         self._is_late = False
@@ -168,9 +206,9 @@ class DraftLink:
 
     def wait_until_up(self, timeout_s: float) -> bool:
         """Wait for the handshake, while the engine starts; gives up when the server dies or refuses."""
-        until_s = self._clock() + timeout_s
+        until_s = self._clock() + min(timeout_s, self._server.longest_start_s)
         while not self.is_up and self._clock() < until_s:
-            if self._refusal is not None or not self._process.is_running():
+            if not self._server.is_running():
                 return False
             if self._channel is not None:
                 self._await_ready(100.0)
@@ -213,6 +251,9 @@ class DraftLink:
                     ahead = message
                 else:
                     self._counters.num_late_replies += message.is_final
+            elif isinstance(message, messages.Farewell):
+                self._end_session(message.reason)
+                return ahead
             elif isinstance(message, messages.Failure):
                 logger.warning("The draft server could not take a message: %s", message.reason)
 
@@ -224,9 +265,12 @@ class DraftLink:
             if isinstance(message, messages.Failure):
                 logger.warning("The draft server could not take a message: %s", message.reason)
                 return None
+            if isinstance(message, messages.Farewell):
+                self._end_session(message.reason)
+                return None
             if isinstance(message, messages.DraftBatch) and message.round == round_number and message.is_final:
                 return message
-            if message is None and not self._process.is_running():
+            if message is None and not self._server.is_running():
                 return None
         if self.is_up:
             self._counters.num_reply_timeouts += 1
@@ -250,6 +294,12 @@ class DraftLink:
         self._silent_since_s = now_s
         self._next_probe_s = now_s + self._probe_s
 
+    def _end_session(self, reason: str) -> None:
+        """The server knows this engine no more: ask it for a new session at the next step."""
+        logger.warning("The draft server has ended the session (%s); requests go on without drafts meanwhile.", reason)
+        self.is_up = False
+        self._silent_since_s = self._next_probe_s = self._clock()
+
     def query_status(self, timeout_s: float) -> messages.Status | None:
         """Ask the server for its state; for status reports, not for the hot path."""
         if not self.is_up or self._channel is None:
@@ -262,6 +312,9 @@ class DraftLink:
             message = self._channel.recv(1e3 * left_s)
             if isinstance(message, messages.Status) and message.query == query:
                 return message
+            if isinstance(message, messages.Farewell):
+                self._end_session(message.reason)
+                break
         return None
 
     def close(self) -> None:
@@ -270,4 +323,4 @@ class DraftLink:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
-        self._process.stop()
+        self._server.stop()

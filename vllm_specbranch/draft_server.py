@@ -70,7 +70,7 @@ class DraftServer(DraftSteps):
         self._peers[peer] = Peer()
         if hello.vocab_size != self._model.vocab_size:
             reason = f"the target's vocabulary has {hello.vocab_size} tokens, the draft's {self._model.vocab_size}"
-            return [(peer, messages.Refused(hello.session, reason))]
+            return [(peer, messages.Refused(hello.session, reason, True))]
         ready = messages.Ready(hello.session, self._model.max_model_len, self.kv.num_blocks, self.kv.block_size)
         return [(peer, ready)]
 

@@ -40,6 +40,7 @@ Temperature = Annotated[float, msgspec.Meta(gt=0.0, le=2.0)]  # As in vLLM.
 TopM = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOP_M)]
 Packed = Annotated[bytes, msgspec.Meta(max_length=4 * MAX_CHUNK * MAX_TOP_M)]  # Four-byte numbers, little-endian.
 DurationUs = Annotated[float, msgspec.Meta(ge=0.0, le=_MAX_US)]
+ChunkLimit = Annotated[int, msgspec.Meta(ge=1, le=MAX_CHUNK)]
 LengthClass = Annotated[int, msgspec.Meta(ge=0, le=2)]
 TopProbs = Annotated[list[Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]], msgspec.Meta(max_length=MAX_CHUNK)]
 
@@ -119,6 +120,20 @@ class Draft(_Wire, frozen=True):
     top_probs: TopProbs
 
 
+class Terms(_Wire, frozen=True):
+    """What an engine expects of a draft server that it did not start itself.
+
+    Args:
+        model_identity: of the draft model that the engine was configured with (`draft_identity`); empty if it is not known there.
+        dtype: of the draft model's weights, by torch's name.
+        num_speculative_tokens: most draft tokens of a chunk that the engine takes.
+    """
+
+    model_identity: Identifier
+    dtype: Identifier
+    num_speculative_tokens: ChunkLimit
+
+
 Opens = Annotated[list[Open], msgspec.Meta(max_length=MAX_ENTRIES)]
 Commits = Annotated[list[Commit], msgspec.Meta(max_length=MAX_ENTRIES)]
 Drafts = Annotated[list[Draft], msgspec.Meta(max_length=MAX_ENTRIES)]
@@ -133,12 +148,14 @@ class Hello(_Wire, frozen=True):
         vocab_size: of the target model.
         max_model_len: of the target model, in tokens.
         wants_top_probs: whether the drafts of this session are to carry `top_probs`.
+        terms: checked by a server that several engines share; None from the engine that started the server.
     """
 
     session: Identifier
     vocab_size: Size
     max_model_len: Size
     wants_top_probs: bool
+    terms: Terms | None
 
 
 class StepBegin(_Wire, frozen=True):
@@ -210,14 +227,26 @@ class Ready(_Wire, frozen=True):
 
 
 class Refused(_Wire, frozen=True):
-    """Server to engine: the other answer to `Hello`: this server cannot draft for this engine, now or later.
+    """Server to engine: the other answer to `Hello`: this server does not draft for this engine.
 
     Args:
         session: the session of the `Hello` answered.
         reason: why.
+        is_final: the two do not fit together; otherwise the server is full or about to end, and a later try may succeed.
     """
 
     session: Identifier
+    reason: str
+    is_final: bool
+
+
+class Farewell(_Wire, frozen=True):
+    """Server to engine: there is no session (any more), and no reply will come. The engine may say `Hello` again.
+
+    Args:
+        reason: why.
+    """
+
     reason: str
 
 
@@ -267,7 +296,7 @@ class Failure(_Wire, frozen=True):
 
 
 EngineMessage = Hello | StepBegin | CommitBatch | StatusQuery | Shutdown
-ServerMessage = Ready | Refused | DraftBatch | Status | Failure
+ServerMessage = Ready | Refused | Farewell | DraftBatch | Status | Failure
 Message = EngineMessage | ServerMessage
 _M = TypeVar("_M")
 

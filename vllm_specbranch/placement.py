@@ -21,16 +21,14 @@ from pathlib import Path
 import msgspec
 import psutil
 
+from vllm_specbranch.back_off import BackOff
 from vllm_specbranch.config import SpecBranchConfig, child_environment, target_core_settings
 from vllm_specbranch.draft_model import DraftModelSettings
 
 logger = logging.getLogger("vllm.specbranch.placement")
 
-# The first restart is quick, because most deaths are single events; a server that keeps dying must not eat a core.
-FIRST_BACK_OFF_S = 0.5
-LONGEST_BACK_OFF_S = 30.0
-# A server that lived this long is healthy: its next death starts a new series.
-HEALTHY_AFTER_S = 60.0
+# Loading and compiling a draft model takes seconds to minutes; a download may be part of it.
+LONGEST_START_S = 900.0
 STOP_TIMEOUT_S = 5.0
 KILL_TIMEOUT_S = 0.2
 # Exit status of a server whose settings cannot work (EX_CONFIG of sysexits.h): another start would end the same way.
@@ -161,6 +159,8 @@ class ServerProcess:
         clock: seconds, monotonic.
     """
 
+    longest_start_s = LONGEST_START_S
+
     def __init__(
         self,
         config: SpecBranchConfig,
@@ -172,12 +172,9 @@ class ServerProcess:
         self._config = config
         self._model = model
         self._on_cpu = on_cpu
-        self._clock = clock
         self._directory = make_private_directory()
         self._process: subprocess.Popen[bytes] | None = None
-        self._started_s = 0.0
-        self._back_off_s = FIRST_BACK_OFF_S
-        self._start_after_s = 0.0
+        self._back_off = BackOff(clock)
         self._is_reported = True
         self.is_hopeless = False
         self.num_starts = 0
@@ -211,19 +208,13 @@ class ServerProcess:
                 "The draft server cannot work with these settings (its own line says why); no drafts from now on."
             )
             return
-        if self._clock() - self._started_s > HEALTHY_AFTER_S:
-            self._back_off_s = FIRST_BACK_OFF_S
+        wait_s = self._back_off.failed()
         logger.warning(
             "The draft server (pid %d) ended with status %d. Requests go on without drafts; next start in %.1f s.",
             pid,
             code,
-            self._back_off_s,
+            wait_s,
         )
-        self._postpone()
-
-    def _postpone(self) -> None:
-        self._start_after_s = self._clock() + self._back_off_s
-        self._back_off_s = min(2 * self._back_off_s, LONGEST_BACK_OFF_S)
 
     def ensure_running(self) -> bool:
         """Start the child if it does not run and its back-off is over.
@@ -231,13 +222,13 @@ class ServerProcess:
         Returns:
             Whether a new child was started.
         """
-        if self.is_running() or self.is_hopeless or self._clock() < self._start_after_s:
+        if self.is_running() or self.is_hopeless or not self._back_off.is_over:
             return False
         try:
             self._start()
         except OSError as error:
-            logger.warning("The draft server cannot be started (%s); next try in %.1f s.", error, self._back_off_s)
-            self._postpone()
+            wait_s = self._back_off.postpone()
+            logger.warning("The draft server cannot be started (%s); next try in %.1f s.", error, wait_s)
             return False
         return True
 
@@ -251,7 +242,7 @@ class ServerProcess:
             stdin=subprocess.PIPE,
             env=child_environment(self._overrides(cores), _TARGET_ONLY_VARIABLES),
         )
-        self._started_s = self._clock()
+        self._back_off.started()
         self._is_reported = False
         assert self._process.stdin is not None
         # A child that dies at once breaks the pipe; its death is reported by `is_running`.
@@ -286,6 +277,12 @@ class ServerProcess:
             # A child stuck in the kernel dies later; nobody waits for it on the hot path.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(KILL_TIMEOUT_S)
+
+    def refused(self, is_final: bool) -> None:
+        """The server does not draft for this engine, and another start would end the same way."""
+        del is_final
+        self.is_hopeless = True
+        self.stop()
 
     def stop(self) -> None:
         """End the child and remove its directory. Safe to call again."""

@@ -227,7 +227,9 @@ class VirtualServer:
             self._move_in_flight(math.inf)
         self._server.check_integrity()
         # A peer that says hello anew has no requests.
-        self._server.handle(PEER, messages.Hello("over", self._model.vocab_size, self._model.max_model_len, False))
+        self._server.handle(
+            PEER, messages.Hello("over", self._model.vocab_size, self._model.max_model_len, False, None)
+        )
 
     def _deliver(self, replies: Sequence[Reply]) -> None:
         for _, reply in replies:
@@ -390,7 +392,7 @@ def replay(
         SpecBranchError: the server refuses what is replayed, such as tokens outside the draft's vocabulary.
     """
     server = VirtualServer(config, model, kv, limits, times)
-    server.handle(messages.Hello("replay", model.vocab_size, model.max_model_len, False))
+    server.handle(messages.Hello("replay", model.vocab_size, model.max_model_len, False, None))
     result = _Engine(config, server, recordings, times).run(batch_size)
     server.close()
     return result

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 import pytest
 
 from vllm_specbranch import messages
-from vllm_specbranch.draft_link import HUNG_S, LONGEST_START_S, SILENCE_S, DraftLink
+from vllm_specbranch.draft_link import HUNG_S, SILENCE_S, DraftLink
 from vllm_specbranch.metrics import EngineCounters
+from vllm_specbranch.placement import LONGEST_START_S
 from vllm_specbranch.transport import ClientChannel, ServerEndpoint, memory_pair
 
 
@@ -29,6 +30,8 @@ class Process:
     num_kills: int = 0
     is_stopped: bool = False
     pid: int | None = None
+    longest_start_s: float = LONGEST_START_S
+    refusals: list[bool] = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -47,6 +50,11 @@ class Process:
     def kill(self) -> None:
         self.running = False
         self.num_kills += 1
+
+    def refused(self, is_final: bool) -> None:
+        self.running = False
+        self.may_start = not is_final
+        self.refusals.append(is_final)
 
     def stop(self) -> None:
         self.running = False
@@ -87,6 +95,7 @@ class Waiting:
 @dataclass
 class Bench:
     wants_top_probs: bool = False
+    terms: messages.Terms | None = None
     clock: Clock = field(default_factory=Clock)
     process: Process = field(default_factory=Process)
     counters: EngineCounters = field(default_factory=EngineCounters)
@@ -95,11 +104,12 @@ class Bench:
 
     def __post_init__(self) -> None:
         self.link = DraftLink(
-            self.process,  # type: ignore[arg-type]
+            self.process,
             vocab_size=50,
             max_model_len=100,
             counters=self.counters,
             wants_top_probs=self.wants_top_probs,
+            terms=self.terms,
             open_channel=self.open_channel,
             clock=self.clock,
         )
@@ -267,13 +277,70 @@ def test_a_refusal_is_final() -> None:
     assert isinstance(hello, messages.Hello)
     bench.say(messages.Failure("a message that was refused earlier"))
     bench.link.poll()
-    assert not bench.process.is_stopped, "only the answer to this handshake counts"
-    bench.say(messages.Refused(hello.session, "another vocabulary"))
+    assert bench.process.refusals == [], "only the answer to this handshake counts"
+    bench.say(messages.Refused(hello.session, "another vocabulary", True))
     bench.link.poll()
-    assert bench.process.is_stopped
+    assert bench.process.refusals == [True]
     bench.link.poll()
     assert bench.process.num_starts == 1
     assert not bench.link.wait_until_up(10.0)
+
+
+def test_a_refusal_for_now_is_asked_again_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    bench = Bench()
+    for _ in range(3):
+        bench.link.poll()
+        hello = bench.heard()[-1]
+        assert isinstance(hello, messages.Hello)
+        bench.say(messages.Refused(hello.session, "no room for another engine", False))
+        bench.link.poll()
+        assert not bench.link.is_up
+    assert bench.process.refusals == [False] * 3
+    assert sum("no room for another engine" in record.message for record in caplog.records) == 1
+    bench.link.poll()
+    bench.bring_up()
+
+
+@pytest.mark.parametrize("ask", ["receive", "receive_patiently", "query_status"])
+def test_a_farewell_ends_the_session_at_once_and_another_is_asked_for(ask: str) -> None:
+    bench = Bench()
+    bench.bring_up()
+    bench.link.send(messages.CommitBatch(1, 0.0, [], None))
+    bench.heard()
+    bench.say(messages.Farewell("the server ends"))
+    before_s = bench.clock.now_s
+    if ask == "receive":
+        assert bench.link.receive(1, 50.0) is None
+    elif ask == "receive_patiently":
+        assert bench.link.receive_patiently(1) is None
+    else:
+        assert bench.link.query_status(2.0) is None
+    assert not bench.link.is_up
+    assert bench.clock.now_s == before_s, "nobody waits for a server that has said that it will not answer"
+    assert bench.process.num_kills == 0
+    generation = bench.link.generation
+    bench.bring_up()
+    assert bench.link.generation == generation + 1, "the requests are opened again"
+
+
+def test_what_came_ahead_of_a_farewell_is_used() -> None:
+    bench = Bench()
+    bench.bring_up()
+    bench.link.send(messages.CommitBatch(1, 0.0, [], None))
+    bench.heard()
+    ahead = messages.DraftBatch(1, False, [], [])
+    bench.say(ahead)
+    bench.say(messages.Farewell("the server ends"))
+    assert bench.link.receive(1, 50.0) == ahead
+
+
+def test_the_terms_are_part_of_the_handshake() -> None:
+    terms = messages.Terms("identity", "float32", 8)
+    bench = Bench(terms=terms)
+    bench.link.poll()
+    (hello,) = bench.heard()
+    assert isinstance(hello, messages.Hello)
+    assert hello.terms == terms
 
 
 def test_waiting_for_the_start_ends_when_the_server_dies() -> None:

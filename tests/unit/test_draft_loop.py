@@ -63,7 +63,7 @@ def test_a_reply_does_not_wait_for_the_forward_under_way(ends: tuple[ClientChann
     client, endpoint = ends
     model = GatedModel()
     _, thread = served(model, endpoint)
-    client.send(messages.Hello("s", 50, 500, False))
+    client.send(messages.Hello("s", 50, 500, False, None))
     assert isinstance(client.recv(TIMEOUT_MS), messages.Ready)
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
     assert model.begun.acquire(timeout=TIMEOUT_MS / 1e3)
@@ -84,7 +84,7 @@ def test_drafting_goes_on_between_messages_and_is_found_at_the_next_commit(
     client, endpoint = ends
     model = FakeDraftModel(64, BLOCK_SIZE, confidences=(0.95,))
     server, thread = served(model, endpoint)
-    client.send(messages.Hello("s", 50, 500, False))
+    client.send(messages.Hello("s", 50, 500, False, None))
     assert isinstance(client.recv(TIMEOUT_MS), messages.Ready)
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
     until_s = time.monotonic() + TIMEOUT_MS / 1e3
@@ -111,7 +111,7 @@ def test_a_reply_that_waits_is_sent_at_its_limit_whatever_the_forward_does(
     client, endpoint = ends
     model = GatedModel()
     _, thread = served(model, endpoint, policy="specbranch", stop_rule="none", on_miss="wait:2")
-    client.send(messages.Hello("s", 50, 500, False))
+    client.send(messages.Hello("s", 50, 500, False, None))
     assert isinstance(client.recv(TIMEOUT_MS), messages.Ready)
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
     assert model.begun.acquire(timeout=TIMEOUT_MS / 1e3)
@@ -139,7 +139,7 @@ def test_a_forward_that_never_ends_ends_the_process(
         model.may_end.release(1000)
 
     server = make_server(SpecBranchConfig.from_user({"model": "draft"}), model, KVBlocks(64, BLOCK_SIZE), Limits())
-    client.send(messages.Hello("s", 50, 500, False))
+    client.send(messages.Hello("s", 50, 500, False, None))
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
     started_s = time.monotonic()
     serve(server, endpoint, on_hang)
@@ -152,7 +152,7 @@ def test_many_quick_forwards_are_all_taken(ends: tuple[ClientChannel, ServerEndp
     client, endpoint = ends
     model = FakeDraftModel(64, BLOCK_SIZE, confidences=(0.95,))
     _, thread = served(model, endpoint)
-    client.send(messages.Hello("s", 50, 500, False))
+    client.send(messages.Hello("s", 50, 500, False, None))
     assert isinstance(client.recv(TIMEOUT_MS), messages.Ready)
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
     position, until_s = 3, time.monotonic() + 3.0
@@ -184,7 +184,7 @@ def test_a_forward_that_fails_ends_the_server() -> None:
     client, endpoint = memory_pair()
     model.is_broken = True
     model.may_end.release()
-    client.send(messages.Hello("s", 50, 500, False))
+    client.send(messages.Hello("s", 50, 500, False, None))
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
     config = SpecBranchConfig.from_user({"model": "draft"})
     server = make_server(config, model, KVBlocks(64, BLOCK_SIZE), Limits())
@@ -205,6 +205,6 @@ def test_a_message_that_breaks_the_server_thread_ends_the_server(monkeypatch: py
         raise ZeroDivisionError
 
     monkeypatch.setattr(server, "handle", fail)
-    client.send(messages.Hello("s", 50, 500, False))
+    client.send(messages.Hello("s", 50, 500, False, None))
     with pytest.raises(ZeroDivisionError):
         serve(server, endpoint)

@@ -124,7 +124,7 @@ def test_a_refused_message_opens_and_commits_nothing_but_closes_what_has_ended()
 
 def test_another_vocabulary_is_refused_at_the_handshake() -> None:
     engine = make_engine()
-    (_, reply), *_ = engine.server.handle(b"other", messages.Hello("s", 51, 500, False))
+    (_, reply), *_ = engine.server.handle(b"other", messages.Hello("s", 51, 500, False, None))
     assert isinstance(reply, messages.Refused)
     assert "51" in reply.reason
 
@@ -132,9 +132,9 @@ def test_another_vocabulary_is_refused_at_the_handshake() -> None:
 def test_a_new_session_drops_the_old_requests_of_that_engine_only() -> None:
     engine = make_engine()
     engine.open("a", [1, 2, 3])
-    engine.server.handle(b"other", messages.Hello("s", 50, 500, False))
+    engine.server.handle(b"other", messages.Hello("s", 50, 500, False, None))
     engine.server.handle(b"other", messages.StepBegin([messages.Open("a", [1, 2], None)], []))
-    engine.server.handle(PEER, messages.Hello("s2", 50, 500, False))
+    engine.server.handle(PEER, messages.Hello("s2", 50, 500, False, None))
     status = engine.server.handle(PEER, messages.StatusQuery(1))[0][1]
     assert isinstance(status, messages.Status)
     assert status.num_requests == 1
@@ -182,7 +182,7 @@ def test_more_requests_than_rows_all_get_their_turn() -> None:
 def test_serve_answers_until_told_to_stop_and_survives_a_refused_message() -> None:
     engine = make_engine()
     client, endpoint = memory_pair()
-    client.send(messages.Hello("s", 50, 500, False))
+    client.send(messages.Hello("s", 50, 500, False, None))
     client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
     client.send(messages.StepBegin([messages.Open("b", [999], None)], []))
     client.send(messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [4], 0, None)], None))

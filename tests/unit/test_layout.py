@@ -38,6 +38,7 @@ ANYTHING = room("*", "*")
 ROOMS = {
     "__init__": room(),
     "acceptance": room("token_tree"),
+    "back_off": room(),
     "branching": room("acceptance config token_tree"),
     "cli": ANYTHING,
     "compare": room("", "torch transformers"),
@@ -50,7 +51,7 @@ ROOMS = {
     "draft_check": room("config errors", "vllm huggingface_hub"),
     "draft_deterministic": room("draft_peers draft_request draft_server draft_work errors messages"),
     "draft_distributions": room("messages", "numpy vllm"),
-    "draft_link": room("config errors messages metrics placement transport"),
+    "draft_link": room("config errors messages metrics transport"),
     "draft_loop": room("draft_server draft_steps errors token_tree transport"),
     "draft_main": room(
         "config draft_deterministic draft_loop draft_model draft_sampling draft_server draft_steps draft_work errors kv_blocks "
@@ -83,7 +84,7 @@ ROOMS = {
     "observed_draft_main": room("draft_ablations draft_main draft_model emulation kv_blocks token_tree"),
     "observed_engine": room("emulation errors measure_messages placement"),
     "patching": room("errors"),
-    "placement": room("config draft_model errors", "msgspec psutil ray"),
+    "placement": room("back_off config draft_model errors", "msgspec psutil ray"),
     "planner": room("acceptance branching config errors token_tree"),
     "plugin": room("errors patches patching", "vllm"),
     "prompts": room("errors"),
@@ -93,6 +94,7 @@ ROOMS = {
         "numpy torch vllm",
     ),
     "provenance": room("", "psutil"),
+    "remote_server": room("back_off"),
     "replay": room(
         "config draft_main draft_model draft_server draft_steps draft_work engine_pace errors kv_blocks messages token_tree"
     ),

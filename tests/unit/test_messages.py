@@ -17,16 +17,19 @@ from vllm_specbranch.messages import (
     Draft,
     DraftBatch,
     Failure,
+    Farewell,
     Hello,
     Message,
     Open,
     Pace,
     Ready,
+    Refused,
     Sampling,
     Shutdown,
     Status,
     StatusQuery,
     StepBegin,
+    Terms,
     decode_for_engine,
     decode_for_server,
     encode,
@@ -35,7 +38,7 @@ from vllm_specbranch.messages import (
 VERSION = bytes([messages.PROTOCOL_VERSION])
 # One message of each kind, with nothing empty in it: the material of the systematic tests.
 TO_SERVER: list[Message] = [
-    Hello("session", 151936, 4096, True),
+    Hello("session", 151936, 4096, True, Terms("identity", "bfloat16", 8)),
     StepBegin([Open("a", [1, 2, 70000], Sampling(0.5, 64, 12345))], ["b"]),
     CommitBatch(7, 2.5, [Commit("a", 12, [5, 6], 3, 2)], Pace(9, 20000.5, 100.0)),
     StatusQuery(3),
@@ -46,6 +49,8 @@ TO_ENGINE: list[Message] = [
     DraftBatch(7, True, [Draft("a", 14, [8, 9], True, b"qids", b"qpro", [0.5, 0.25])], ["b"]),
     Status(3, 1, 2, 512, {"hits": 4}, {"forward": 1.5}),
     Failure("out of memory"),
+    Refused("session", "another vocabulary", True),
+    Farewell("the server ends"),
 ]
 ALL = [(message, decode_for_server) for message in TO_SERVER] + [(message, decode_for_engine) for message in TO_ENGINE]
 Decode = Callable[[bytes], Message]
@@ -225,8 +230,9 @@ def test_wrong_types_are_refused(message: Message, decode: Decode) -> None:
             for wrong in (None, True, 1, 1.5, "x", b"x", [None], {"x": None}, [["x"]]):
                 if type(wrong) is type(struct[entry]) or (type(struct[entry]), wrong) == (float, 1):
                     continue  # A whole number is a fine duration.
-                if wrong is None and isinstance(struct[entry], list) and struct[entry][:1] in (["Sampling"], ["Pace"]):
-                    continue  # A request without sampling is drafted for greedily; a prefill step has no pace.
+                optional = (["Sampling"], ["Pace"], ["Terms"])
+                if wrong is None and isinstance(struct[entry], list) and struct[entry][:1] in optional:
+                    continue  # Drafted for greedily; a step with a prefill; a server of the engine's own.
                 if (struct[0], entry, wrong) in (("Commit", 5, None), ("Commit", 5, 1)):
                     continue  # Without a head there is no class; 1 is one.
                 spoilt = plain(message)
@@ -292,7 +298,7 @@ def test_id_length_limit_is_exact() -> None:
     longest, too_long = "é" * 256, "é" * 257
     assert messages.MAX_ID_LENGTH == 256
     for make, decode in (
-        (lambda name: Hello(name, 1, 1, False), decode_for_server),
+        (lambda name: Hello(name, 1, 1, False, None), decode_for_server),
         (lambda name: StepBegin([Open(name, [1], None)], []), decode_for_server),
         (lambda name: StepBegin([], [name]), decode_for_server),
         (lambda name: CommitBatch(1, 2.5, [Commit(name, 1, [1], 3, None)], None), decode_for_server),

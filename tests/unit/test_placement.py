@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from vllm_specbranch import placement
+from vllm_specbranch import back_off, placement
 from vllm_specbranch.config import OnMiss, SpecBranchConfig
 from vllm_specbranch.draft_model import DraftModelSettings
 from vllm_specbranch.placement import ServerProcess, ServerSpec, choose_cores, parse_target_cores, sibling_threads
@@ -97,7 +97,7 @@ def test_a_start_that_the_system_refuses_is_tried_again_later(monkeypatch: pytes
         monkeypatch.setattr(
             placement.subprocess, "Popen", lambda _, **keywords: real_popen(["sleep", "60"], **keywords)
         )
-        clock.now_s += placement.FIRST_BACK_OFF_S
+        clock.now_s += back_off.FIRST_BACK_OFF_S
         assert process.ensure_running()
         process.kill()
     finally:
@@ -187,7 +187,7 @@ def test_a_long_healthy_life_ends_the_series(stand_in: Path) -> None:
     clock = Clock()
     process = ServerProcess(CONFIG, MODEL, on_cpu=True, clock=clock)
     try:
-        for lived_s, back_off_s in ((1.0, 0.5), (1.0, 1.0), (placement.HEALTHY_AFTER_S + 1, 0.5)):
+        for lived_s, back_off_s in ((1.0, 0.5), (1.0, 1.0), (back_off.HEALTHY_AFTER_S + 1, 0.5)):
             assert process.ensure_running()
             clock.now_s += lived_s
             process.kill()

@@ -35,7 +35,7 @@ from vllm_specbranch.transport import QUEUE_LENGTH, ClientChannel, ServerEndpoin
 
 SOON_MS = 5000.0  # For what must arrive; reached only by a failing test.
 BLOCKED_S = 1.0  # No call that must not block may take this long, even on a busy machine.
-HELLO = Hello("session", 151936, 4096, False)
+HELLO = Hello("session", 151936, 4096, False, None)
 READY = Ready("session", 4096, 512, 32)
 GARBAGE = b"\x01garbage"
 
@@ -459,7 +459,7 @@ def test_client_talks_to_a_server_restarted_at_the_same_address(connect: Callabl
     client = connect()
     for life in range(3):
         server = bind()
-        hello = Hello(f"life {life}", 151936, 4096, False)
+        hello = Hello(f"life {life}", 151936, 4096, False, None)
         assert client.send(hello)
         peer = wait_for(server, hello)
         assert server.send(peer, Ready(f"life {life}", 4096, 512, 32))
