@@ -16,6 +16,7 @@ from vllm_specbranch.messages import (
     Pace,
     Ready,
     Refused,
+    Report,
     Sampling,
     ServerMessage,
     Shutdown,
@@ -67,11 +68,12 @@ engine_messages: st.SearchStrategy[EngineMessage] = st.one_of(
     st.builds(StatusQuery, counts),
     st.just(Shutdown()),
 )
+reports = st.builds(Report, counts, counts, counts, counts, counts, st.dictionaries(text, counts, max_size=4))
 server_messages: st.SearchStrategy[ServerMessage] = st.one_of(
     st.builds(Ready, identifiers, sizes, sizes, sizes),
     st.builds(Refused, identifiers, text, st.booleans()),
     st.builds(Farewell, text),
-    st.builds(DraftBatch, counts, st.booleans(), few(drafts), few(identifiers)),
+    st.builds(DraftBatch, counts, st.booleans(), few(drafts), few(identifiers), st.none() | reports),
     st.builds(
         Status,
         counts,

@@ -16,6 +16,9 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
+
+from vllm_specbranch import messages
 from vllm_specbranch.draft_server import DraftServer, Reply
 from vllm_specbranch.draft_steps import Batch
 from vllm_specbranch.errors import WireError
@@ -108,7 +111,7 @@ def _serve_in_flight(
             batch = server.begin_step()
             if batch is None:
                 # A reply that still waits is looked at again soon, even when nothing could be fed for want of blocks.
-                _send(endpoint, server.replies_due())
+                _send(server, endpoint, server.replies_due())
                 _take_in(server, endpoint, 0.0 if server.has_pending else IDLE_WAIT_MS)
                 continue
             forwards.start(batch)
@@ -121,8 +124,8 @@ def _serve_in_flight(
                     return
                 _take_in(server, endpoint, server.longest_pause_ms(IDLE_WAIT_MS))
                 # What waits to grow is answered when its time is over, whatever the forward does.
-                _send(endpoint, server.replies_due())
-            _send(endpoint, server.finish_step(batch, candidates))
+                _send(server, endpoint, server.replies_due())
+            _send(server, endpoint, server.finish_step(batch, candidates))
             _take_in(server, endpoint, 0.0)
     finally:
         forwards.stop()
@@ -134,7 +137,7 @@ def _serve_by_turns(server: DraftServer, endpoint: ServerEndpoint) -> None:
     while not server.is_stopping:
         _take_in(server, endpoint, 0.0 if worked else IDLE_WAIT_MS)
         replies, worked = server.step()
-        _send(endpoint, replies)
+        _send(server, endpoint, replies)
 
 
 def _take_in(server: DraftServer, endpoint: ServerEndpoint, wait_ms: float) -> None:
@@ -146,10 +149,13 @@ def _take_in(server: DraftServer, endpoint: ServerEndpoint, wait_ms: float) -> N
             replies = server.handle(peer, message)
         except WireError as error:
             replies = [(peer, server.refuse(error))]
-        _send(endpoint, replies)
+        _send(server, endpoint, replies)
         received = endpoint.recv(0.0)
 
 
-def _send(endpoint: ServerEndpoint, replies: Iterable[Reply]) -> None:
+def _send(server: DraftServer, endpoint: ServerEndpoint, replies: Iterable[Reply]) -> None:
+    """Send replies; on those that end a round rides how the server stands."""
     for peer, reply in replies:
+        if isinstance(reply, messages.DraftBatch) and reply.is_final:
+            reply = msgspec.structs.replace(reply, report=server.report(peer))
         endpoint.send(peer, reply)

@@ -6,6 +6,7 @@ drive it in memory, `draft_loop` serves it. Knows nothing of vLLM. Runs in the d
 
 import logging
 import math
+import time
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +41,7 @@ class DraftServer(DraftSteps):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._peers: dict[bytes, Peer] = {}
+        self._life = time.time_ns()
         self.is_stopping = False
 
     # --- messages ---------------------------------------------------------------------------------------------------------
@@ -208,6 +210,18 @@ class DraftServer(DraftSteps):
             timings[f"peer_{index}_verification_token"] = 1e6 * peer.verification.slope_s
         return messages.Status(
             query, len(self._requests), self.kv.num_held, self.kv.num_blocks, self.counters.as_dict(), timings
+        )
+
+    def report(self, peer_id: bytes) -> messages.Report:
+        """How this server stands, as it rides on a reply to `peer_id`."""
+        num_requests = sum(key[0] == peer_id for key in self._requests)
+        return messages.Report(
+            self._life,
+            num_requests,
+            self.num_queued_rows,
+            self.kv.num_held,
+            self.kv.num_blocks,
+            self.counters.as_dict(),
         )
 
     # --- replies ----------------------------------------------------------------------------------------------------------

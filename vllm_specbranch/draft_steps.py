@@ -93,6 +93,7 @@ class DraftSteps:
         self._timings = StepTimings()
         self._is_pressed = False
         self._in_flight: Batch | None = None
+        self.num_queued_rows = 0
         self.counters = DraftServerCounters()
 
     def _awaited_growth(self) -> list[tuple[DraftRequest, int]]:
@@ -212,6 +213,7 @@ class DraftSteps:
         """The rows of all requests that are worth their time, the most valuable first, and one chunk of one prefill."""
         wanted: list[tuple[float, Work]] = []
         prefill: Work | None = None
+        num_prefills = 0
         chunk = self._timings.prefill_chunk(self._limits.prefill_tokens)
         for request in self._requests.values():
             if request.is_evicted or request.price >= 1.0:
@@ -222,6 +224,7 @@ class DraftSteps:
                 num_pending = request.num_pending(leaf)
                 if num_pending > MAX_DECODE_TOKENS:
                     prefill = prefill or Work(request, leaf, min(num_pending, chunk))
+                    num_prefills += 1
                 else:
                     wanted.append((value, Work(request, leaf, num_pending)))
         wanted.sort(key=lambda one: -one[0])
@@ -229,7 +232,9 @@ class DraftSteps:
         if self.counters.num_steps % FULL_STEP_PERIOD == 0:
             # What a row costs is only seen where their number changes.
             count = len(wanted)
-        return self._limits.cut([work for _, work in wanted[:count]], prefill)
+        chosen = self._limits.cut([work for _, work in wanted[:count]], prefill)
+        self.num_queued_rows = len(wanted) + num_prefills - len(chosen)
+        return chosen
 
     # --- what grows -------------------------------------------------------------------------------------------------------
 

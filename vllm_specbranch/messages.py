@@ -250,6 +250,26 @@ class Farewell(_Wire, frozen=True):
     reason: str
 
 
+class Report(_Wire, frozen=True):
+    """How the draft server stands, for the engine's metrics; rides on its replies, so nothing is asked and nothing waits for it.
+
+    Args:
+        life: names this life of the server, so that counters which begin again at 0 are seen as such.
+        num_requests: open requests of the engine that is answered.
+        num_queued_rows: rows, and prefills, that the server would draft and left for later when it last chose among all requests.
+        num_blocks_held: KV blocks in use.
+        num_blocks: KV blocks in all.
+        counters: event counts of this life.
+    """
+
+    life: Count
+    num_requests: Count
+    num_queued_rows: Count
+    num_blocks_held: Count
+    num_blocks: Count
+    counters: dict[str, Count]
+
+
 class DraftBatch(_Wire, frozen=True):
     """Server to engine: the reply to a `CommitBatch`.
 
@@ -261,12 +281,14 @@ class DraftBatch(_Wire, frozen=True):
         is_final: no more is to come for this round. What is not final holds sampled drafts only, and replaces what came before.
         drafts: one entry per request that is drafted for.
         unknown: ids that the batch named and the server does not know (it restarted, say).
+        report: on what is final, when it comes over a socket.
     """
 
     round: Count
     is_final: bool
     drafts: Drafts
     unknown: RequestIds
+    report: Report | None = None
 
 
 class Status(_Wire, frozen=True):

@@ -52,7 +52,7 @@ ROOMS = {
     "draft_deterministic": room("draft_peers draft_request draft_server draft_work errors messages"),
     "draft_distributions": room("messages", "numpy vllm"),
     "draft_link": room("config errors messages metrics transport"),
-    "draft_loop": room("draft_server draft_steps errors token_tree transport"),
+    "draft_loop": room("draft_server draft_steps errors messages token_tree transport", "msgspec"),
     "draft_main": room(
         "config draft_deterministic draft_loop draft_model draft_sampling draft_server draft_steps draft_work errors kv_blocks "
         "placement planner transport"

@@ -24,6 +24,7 @@ from vllm_specbranch.messages import (
     Pace,
     Ready,
     Refused,
+    Report,
     Sampling,
     Shutdown,
     Status,
@@ -46,7 +47,13 @@ TO_SERVER: list[Message] = [
 ]
 TO_ENGINE: list[Message] = [
     Ready("session", 4096, 512, 32),
-    DraftBatch(7, True, [Draft("a", 14, [8, 9], True, b"qids", b"qpro", [0.5, 0.25])], ["b"]),
+    DraftBatch(
+        7,
+        True,
+        [Draft("a", 14, [8, 9], True, b"qids", b"qpro", [0.5, 0.25])],
+        ["b"],
+        Report(5, 1, 2, 3, 4, {"num_hits": 6}),
+    ),
     Status(3, 1, 2, 512, {"hits": 4}, {"forward": 1.5}),
     Failure("out of memory"),
     Refused("session", "another vocabulary", True),
@@ -119,6 +126,7 @@ def test_layout_on_the_wire_is_fixed() -> None:
         True,
         [["Draft", "a", 14, [8, 9], True, b"qids", b"qpro", [0.5, 0.25]]],
         ["b"],
+        ["Report", 5, 1, 2, 3, 4, {"num_hits": 6}],
     ]
 
 
@@ -218,7 +226,11 @@ def test_extra_and_missing_entries_are_refused(message: Message, decode: Decode)
             structs_in(spoilt)[index].append(extra)
             refused(decode, spoilt)
         spoilt = plain(message)
-        structs_in(spoilt)[index].pop()
+        last = structs_in(spoilt)[index].pop()
+        if isinstance(last, list) and last[:1] == ["Report"]:
+            # A reply may come without one; then the entry before it is the last that may not be missing.
+            assert decode(pack(spoilt))
+            structs_in(spoilt)[index].pop()
         refused(decode, spoilt)
 
 
@@ -230,9 +242,9 @@ def test_wrong_types_are_refused(message: Message, decode: Decode) -> None:
             for wrong in (None, True, 1, 1.5, "x", b"x", [None], {"x": None}, [["x"]]):
                 if type(wrong) is type(struct[entry]) or (type(struct[entry]), wrong) == (float, 1):
                     continue  # A whole number is a fine duration.
-                optional = (["Sampling"], ["Pace"], ["Terms"])
+                optional = (["Sampling"], ["Pace"], ["Terms"], ["Report"])
                 if wrong is None and isinstance(struct[entry], list) and struct[entry][:1] in optional:
-                    continue  # Drafted for greedily; a step with a prefill; a server of the engine's own.
+                    continue  # Greedy drafts; a step with a prefill; a server of the engine's own; a reply in memory.
                 if (struct[0], entry, wrong) in (("Commit", 5, None), ("Commit", 5, 1)):
                     continue  # Without a head there is no class; 1 is one.
                 spoilt = plain(message)
