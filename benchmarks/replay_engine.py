@@ -33,6 +33,10 @@ def check_engine(lineup: Lineup, study: Study, prompts: Sequence[Sequence[int]],
         For JSON: `deterministic`, `observed`, and whether all `agrees`.
     """
     deterministic, observed = [], []
+    plain = dataclasses.replace(lineup, observe=True).plain("plain observed")
+    around_ms = around_forwards_ms(_run(plain, prompts, max_tokens, study.batch_size, EMULATION))
+    bare = times_of(EMULATION)
+    in_vllm = dataclasses.replace(bare, overhead_ms=around_ms)
     for name, settings in CASES.items():
         ours: dict[str, Any] = {**settings, "num_speculative_tokens": NUM_SPECULATIVE_TOKENS}
         more = dict(settings)
@@ -44,9 +48,20 @@ def check_engine(lineup: Lineup, study: Study, prompts: Sequence[Sequence[int]],
             NUM_SPECULATIVE_TOKENS, f"{name} observed", **more
         )
         run = _run(watched, prompts, max_tokens, study.batch_size, EMULATION)
-        observed.append(split_time(name, run, study.run(ours, times_of(EMULATION))))
+        observed.append(split_time(name, run, study.run(ours, bare), study.run(ours, in_vllm)))
     agrees = all(one["agrees"] for one in deterministic)
-    return {"deterministic": deterministic, "observed": observed, "agrees": agrees}
+    return {
+        "deterministic": deterministic,
+        "observed": observed,
+        "around_plain_forwards_ms": around_ms,
+        "agrees": agrees,
+    }
+
+
+def around_forwards_ms(run: RunResult) -> float:
+    """What vLLM adds to each forward of plain decoding: scheduling, sampling, outputs."""
+    forwards_s = sum(one.end_s - one.start_s for one in run.target_forwards)
+    return 1e3 * (run.wall_s - forwards_s) / len(run.target_forwards)
 
 
 def _run(
@@ -86,8 +101,13 @@ def compare_counts(name: str, run: RunResult, replayed: Replayed) -> dict[str, A
     }
 
 
-def split_time(name: str, run: RunResult, replayed: Replayed) -> dict[str, Any]:
-    """Where a round of an observed engine goes, beside the replay with the same times."""
+def split_time(name: str, run: RunResult, replayed: Replayed, in_vllm: Replayed) -> dict[str, Any]:
+    """Where a round of an observed engine goes, beside the replay with the same times.
+
+    Args:
+        in_vllm: another replay, whose target rounds also hold what plain vLLM adds to a forward: the distance to it is this
+            project's own.
+    """
     num_rounds = len(run.target_forwards)
     forward_ms = 1e3 * sum(one.end_s - one.start_s for one in run.target_forwards) / num_rounds
     round_ms = 1e3 * run.wall_s / num_rounds
@@ -108,4 +128,5 @@ def split_time(name: str, run: RunResult, replayed: Replayed) -> dict[str, Any]:
         "replay_hit_rate": replayed.server["num_hits"] / max(1, replayed.server["num_rounds"]),
         "num_overruns": run.num_overruns,
         "share_of_oracle": replayed.time_s / run.wall_s,
+        "share_of_oracle_in_vllm": in_vllm.time_s / run.wall_s,
     }

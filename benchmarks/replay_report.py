@@ -74,6 +74,8 @@ def engine_text(check: Mapping[str, Any]) -> str:
             f"{one['name']}: {number(one['round_ms'])} ms per round; {number(one['replay_round_ms'])} ms in a replay with "
             f"the same times: target forward {number(one['target_forward_ms'])}, waiting for drafts {number(one['wait_ms'])}, "
             f"proposer {number(one['propose_ms'])}, rest of vLLM {number(one['rest_ms'])} ms. Rounds {one['num_rounds']}, in the "
-            f"replay {one['replay_rounds']}; {percent(one['share_of_oracle'])} of the replay's speed."
+            f"replay {one['replay_rounds']}; {percent(one['share_of_oracle'])} of the replay's speed, "
+            f"{percent(one['share_of_oracle_in_vllm'])} with what vLLM adds to a plain forward "
+            f"({number(check['around_plain_forwards_ms'])} ms)."
         )
     return "\n".join(parts)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import replay as bench
-from benchmarks.replay_engine import EMULATION, compare_counts, split_time, times_of
+from benchmarks.replay_engine import EMULATION, around_forwards_ms, compare_counts, split_time, times_of
 from benchmarks.replay_report import Line, engine_text, lines_as_table
 from tests.unit.test_replay import BLOCK_SIZE, NUM_BLOCKS, fake, recordings_of
 from vllm_specbranch.config import SpecBranchConfig
@@ -96,11 +96,16 @@ def test_the_time_of_a_round_is_split() -> None:
         server_counters={**counted(10, 5)},
         target_forwards=[Forward(0.03 * index, 0.03 * index + 0.02, 1) for index in range(10)],
     )
-    split = split_time("pearl", run, Replayed(num_forwards=8, time_s=0.2, server=counted(8, 4)))
+    replayed, in_vllm = (Replayed(num_forwards=8, time_s=time_s, server=counted(8, 4)) for time_s in (0.2, 0.27))
+    split = split_time("pearl", run, replayed, in_vllm)
     parts = [split[name] for name in ("target_forward_ms", "wait_ms", "propose_ms", "rest_ms")]
     assert parts == pytest.approx([20.0, 2.0, 1.0, 7.0]) and split["round_ms"] == pytest.approx(30.0)
     assert split["share_of_oracle"] == pytest.approx(2 / 3)
-    assert "rest of vLLM 7.00" in engine_text({"deterministic": [], "observed": [split]})
+    assert split["share_of_oracle_in_vllm"] == pytest.approx(0.9)
+    around_ms = around_forwards_ms(run)
+    assert around_ms == pytest.approx(10.0)
+    text = engine_text({"deterministic": [], "observed": [split], "around_plain_forwards_ms": around_ms})
+    assert "rest of vLLM 7.00" in text and "90% with what vLLM adds to a plain forward (10.00 ms)" in text
 
 
 def test_engine_and_replay_have_the_same_times() -> None:
