@@ -41,12 +41,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.decode_conditions import describe_emulation
 from benchmarks.decode_report import MOST_OVERRUNS
 from benchmarks.decode_rows import BASELINE, PEARL, SEQUENTIAL
-from benchmarks.picture_style import best_sequential
 from benchmarks.pictures import read_result
 from benchmarks.portable import portable
 from vllm_specbranch.compare import Difference
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.measure_messages import Emulation
+from vllm_specbranch.picture_style import best_sequential
 from vllm_specbranch.provenance import provenance
 from vllm_specbranch.report import number, table
 from vllm_specbranch.shipped_pair import draft_path, target_path

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.picture_style import (
+from vllm_specbranch.picture_style import (
     DRAFT_COLOUR,
     FAINT_COLOUR,
     TARGET_COLOUR,

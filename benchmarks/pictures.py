@@ -1,8 +1,8 @@
 """Pictures of a result of `bench_decode`: speed by method, where the time of a token goes, speed-up by batch size, who works when,
 acceptance by position.
 
-Owns the choice of pictures and all of them but one; style is in `picture_style`, the timeline in `picture_timeline`. Needs
-matplotlib (the `bench` extra). Runs on its own, offline:
+Owns the choice of pictures and all of them but one; style is in `vllm_specbranch.picture_style`, the timeline in
+`picture_timeline`. Needs matplotlib (the `bench` extra). Runs on its own, offline:
 
     python benchmarks/pictures.py result.json --out pictures
 """
@@ -16,7 +16,9 @@ from typing import Any
 
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.picture_style import (
+from benchmarks.picture_timeline import draw_timeline
+from vllm_specbranch.errors import ConfigError
+from vllm_specbranch.picture_style import (
     DRAFT_COLOUR,
     FAINT_COLOUR,
     TARGET_COLOUR,
@@ -34,8 +36,6 @@ from benchmarks.picture_style import (
     spread_out,
     times_are,
 )
-from benchmarks.picture_timeline import draw_timeline
-from vllm_specbranch.errors import ConfigError
 
 SCHEMA_VERSION = 2
 # Of a position in the chunk; a share of fewer verified tokens is noise.

@@ -77,7 +77,7 @@ def load_corpus(root: Path | None, max_bytes: int, vocab_size: int, out: Path, s
         ConfigError: there is no text under `root`.
     """
     roots = [root] if root is not None else [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
-    texts = _choose(roots, max_bytes, seed)
+    texts = choose(roots, max_bytes, seed)
     if len(texts) < 2:
         raise ConfigError(
             str(root), f"a folder with at least two {', '.join(SUFFIXES)} files of {MIN_CHARS} characters", "text"
@@ -99,7 +99,7 @@ def load_corpus(root: Path | None, max_bytes: int, vocab_size: int, out: Path, s
     )
 
 
-def _choose(roots: list[Path], max_bytes: int, seed: int) -> list[str]:
+def choose(roots: list[Path], max_bytes: int, seed: int) -> list[str]:
     """Return different texts in an order that depends on their content and the seed only, up to `max_bytes`."""
     found: dict[str, str] = {}
     for text in _read_all(roots):

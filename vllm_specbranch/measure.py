@@ -34,6 +34,7 @@ from vllm_specbranch.measure_messages import (
     EngineSpec,
     Failed,
     Ready,
+    Record,
     Run,
     RunResult,
     Stage,
@@ -165,6 +166,7 @@ class Engine:
         temperature: float = 0.0,
         first_seed: int | None = None,
         emulation: Emulation | None = None,
+        record: Record | None = None,
     ) -> RunResult:
         """Generate and measure.
 
@@ -175,6 +177,7 @@ class Engine:
             temperature: 0 is greedy.
             first_seed: seed of the first request, one more for each following; None for requests without seeds.
             emulation: stretch the forwards of this run.
+            record: also write its rounds; the engine must have `recording_worker.RecordingExtension`.
 
         Raises:
             ConfigError: emulation for an engine that is not observed.
@@ -182,7 +185,8 @@ class Engine:
         """
         if emulation is not None and not self.spec.observe:
             raise ConfigError(emulation, "None for an engine that is not observed (EngineSpec.observe)", "emulation")
-        command = Run([list(one) for one in prompts], max_tokens, batch_size, temperature, first_seed, emulation)
+        ids = [list(one) for one in prompts]
+        command = Run(ids, max_tokens, batch_size, temperature, first_seed, emulation, record)
         return self._ask(command, RunResult)
 
     def ask_to_stop(self) -> None:

@@ -108,7 +108,13 @@ def run(llm: Any, command: Run, observed: ObservedEngine | None = None) -> RunRe
     if observed is not None:
         observed.start(command.emulation)
     started_s = time.perf_counter()
+    if command.record is not None:
+        gamma = llm.llm_engine.vllm_config.speculative_config.num_speculative_tokens
+        llm.collective_rpc("start_recording", args=(gamma,))
     traces, wall_s, num_steps = _drive(llm.llm_engine, command, started_s)
+    if command.record is not None:
+        where = (command.record.path, command.record.first_prompt, command.temperature)
+        llm.collective_rpc("save_recording", args=where)
     after = counters.read()
     forwards = Observation()
     if observed is not None:

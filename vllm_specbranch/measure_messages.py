@@ -79,12 +79,25 @@ class Encode(msgspec.Struct, tag=True, frozen=True):
     texts: list[str]
 
 
+class Record(msgspec.Struct, frozen=True):
+    """Ask for the rounds of a run, for a length head to be trained on; for an engine with `recording_worker.RecordingExtension`.
+
+    Attributes:
+        path: of the shard to write.
+        first_prompt: index of the run's first prompt.
+    """
+
+    path: str
+    first_prompt: int
+
+
 class Run(msgspec.Struct, tag=True, frozen=True):
     """Command: generate `max_tokens` for each prompt, at most `batch_size` prompts at a time.
 
     Attributes:
         first_seed: seed of the first request, one more for each following; None for requests without seeds.
         emulation: stretch the forwards of this run; only for an engine that is observed.
+        record: what to write of its rounds; None for nothing.
     """
 
     prompts: list[list[int]]
@@ -93,6 +106,7 @@ class Run(msgspec.Struct, tag=True, frozen=True):
     temperature: float
     first_seed: int | None = None
     emulation: Emulation | None = None
+    record: Record | None = None
 
 
 class Stop(msgspec.Struct, tag=True, frozen=True):

@@ -77,14 +77,17 @@ class Recording:
         prompt: token ids.
         tokens: token ids that followed.
         num_tokens: how many of them are to be generated; those beyond decide the last round's outcome only.
+        classes: what a length head says of the next draft after each of `tokens`, as the newest; empty without a head.
     """
 
     prompt: tuple[int, ...]
     tokens: tuple[int, ...]
     num_tokens: int
+    classes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert self.prompt and 1 <= self.num_tokens <= len(self.tokens), "a recording needs a prompt and its output"
+        assert len(self.classes) in (0, len(self.tokens)), "a length head says something after every token, or nothing"
 
 
 @dataclass(slots=True)
@@ -262,8 +265,10 @@ class _Request:
                 break
             num_accepted += 1
         tokens = list(ahead[: num_accepted + 1])
-        commit = messages.Commit(self.name, position, tokens, len(self.chunk), None)
         self.num_done += len(tokens)
+        classes = self.recording.classes
+        head_class = classes[self.num_done - 1] if classes else None
+        commit = messages.Commit(self.name, position, tokens, len(self.chunk), head_class)
         self.chunk = []
         return commit
 

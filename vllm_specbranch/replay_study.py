@@ -4,6 +4,8 @@ Owns what recordings are made of, what is loaded for them, and the choice of the
 `replay`; what is calculated, in `replay_bounds`. Runs in the process of `tune` or a benchmark; loads torch and vLLM with the model.
 """
 
+import copy
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,6 +103,27 @@ class Study:
         )
         model = DraftModel.load(settings)
         return cls(model, model.num_blocks, model.block_size, recordings, batch_size)
+
+    def with_classes(self, classes: Sequence[Sequence[int]] | None) -> "Study":
+        """The same study with a length head.
+
+        Args:
+            classes: per recording what the head says after each of its tokens; None for no head.
+        """
+        found = copy.copy(self)
+        said = [()] * len(self.recordings) if classes is None else map(tuple, classes)
+        found.recordings = [
+            dataclasses.replace(one, classes=its) for one, its in zip(self.recordings, said, strict=True)
+        ]
+        return found
+
+    def known_classes(self, gamma: int) -> list[list[int]]:
+        """What a length head that is always right says after each token: whether none, some or all of `gamma` will be accepted."""
+        found = []
+        for ours in self.agreements:
+            runs = [ours.run_length(start, gamma) for start in range(1, len(ours.ranks) + 1)]
+            found.append([(run > 0) + (run >= gamma) for run in runs])
+        return found
 
     def plain(self, times: Times) -> Replayed:
         """Plain decoding."""

@@ -1,4 +1,4 @@
-"""Where the small trained pair inside this package lies, so that the demo and the tests need no download.
+"""Where the small trained pair inside this package lies, and its length head, so that the demo and the tests need no download.
 
 Owns the paths only: what the models are is said in `models/README.md`, loading them is vLLM's business. Any process
 may import it.
@@ -16,6 +16,14 @@ def target_path() -> Path:
 def draft_path() -> Path:
     """Return the folder of the shipped draft model, which has the tokenizer of the target model."""
     return _model_path("draft")
+
+
+def head_path() -> Path:
+    """Return the folder of the shipped length head, trained for the shipped pair, as `length_head` takes it."""
+    path = Path(str(files("vllm_specbranch") / "models" / "head"))
+    if not (path / "head.safetensors").is_file():
+        raise FileNotFoundError(f"{path} holds no head: this installation of vllm-specbranch is not complete")
+    return path
 
 
 def _model_path(role: str) -> Path:

@@ -10,11 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import picture_style, picture_timeline, pictures
+from benchmarks import picture_timeline, pictures
 from benchmarks.decode_report import measured_as_json
-from benchmarks.picture_style import reader_name, spread_out
 from tests.decode_results import made_measured
+from vllm_specbranch import picture_style
 from vllm_specbranch.measure_messages import Emulation
+from vllm_specbranch.picture_style import reader_name, spread_out
 
 FAST = Emulation(20.0, 4.0)
 

@@ -1,7 +1,8 @@
 """How pictures of benchmark results look: colours, names for readers, and the frame around each.
 
-Owns style only; what is drawn is in `pictures` and `picture_timeline`. Needs matplotlib (the `bench` extra), which is imported when
-something is drawn. Runs in the process of `benchmarks/pictures.py`.
+Owns style only; what is drawn is in `head_pictures`, and in `pictures` and `picture_timeline` of the benchmarks. Needs
+matplotlib (the `bench` extra), which is imported when something is drawn. Runs in the process of a benchmark or of
+`vllm-specbranch train-head`.
 """
 
 import itertools

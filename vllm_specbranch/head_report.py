@@ -1,0 +1,264 @@
+"""What a trained head is worth: its accuracy beside rules without a head, and the verdict.
+
+Owns the figures, their words and the measure of "worth using". Draws nothing (`head_pictures`). Runs in the process of
+`vllm-specbranch train-head`.
+
+The measure: on held-out prompts, the speed of the hybrid rule (head and confidence) in the round model of `head_rules`,
+relative to the faster of no cut and the best threshold on confidence alone. Each rule gets the threshold that is best on the
+other prompts. The head is worth using when the whole 95% interval of that ratio, over prompts drawn anew, lies above 1.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_specbranch import head_rules as rules
+from vllm_specbranch.head_data import Rounds
+from vllm_specbranch.head_training import Parts, balanced_accuracy
+from vllm_specbranch.length_head import NUM_CLASSES
+from vllm_specbranch.report import percent, table
+
+CLASS_NAMES = ("0: nothing", "1: some", "2: all")
+# The round model is shown for the c asked for, and for these times it.
+MULTIPLES_OF_C = (1.0, 2.0, 4.0)
+# Names of the rules, in the order of tables and pictures.
+MAJORITY, ONE, TWO = "the most frequent class", "confidence, one threshold", "confidence, two thresholds"
+HEAD, CONFIDENCES, JOINT = "the head", "network: confidences", "network: features, confidences"
+
+
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What networks say of rounds, `[n] int64` each, for all rounds of the choosing and the held-out part.
+
+    Attributes:
+        head: the one that is saved, from the target's features alone.
+        others: further networks by name, for comparison only.
+    """
+
+    head: torch.Tensor
+    others: Mapping[str, torch.Tensor]
+
+    def of(self, which: torch.Tensor) -> "Predictions":
+        """For some of the rounds."""
+        return Predictions(self.head[which], {name: one[which] for name, one in self.others.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a head is worth using.
+
+    Attributes:
+        ratio: of speeds, hybrid to the best rule without a head.
+        low, high: its 95% interval.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    text: str
+
+    @property
+    def is_worth(self) -> bool:
+        """See the measure at the top of this file."""
+        return self.low > 1.0
+
+
+def figures(parts: Parts, chosen: Predictions, held_out: Predictions, c: float) -> dict[str, Any]:
+    """All figures, for JSON.
+
+    Args:
+        chosen, held_out: predictions for `parts.choose` and `parts.held_out`.
+        c: draft steps that a round of the target takes.
+
+    Returns:
+        `groups`: accuracies by temperature; `speeds`: the round model by c.
+    """
+    groups = {
+        name: _group(parts, held_out, which)
+        for name, which in _by_temperature(parts.held_out).items()
+        if bool(which.any())
+    }
+    return {
+        "num_prompts": {
+            name: len(torch.unique(getattr(parts, name).prompts)) for name in ("train", "choose", "held_out")
+        },
+        "num_rounds": {name: len(getattr(parts, name)) for name in ("train", "choose", "held_out")},
+        "gamma": parts.held_out.gamma,
+        "groups": groups,
+        "speeds": [_speeds(parts, chosen, held_out, times * c) for times in MULTIPLES_OF_C],
+    }
+
+
+def _by_temperature(rounds: Rounds) -> dict[str, torch.Tensor]:
+    is_sampled = rounds.temperatures > 0
+    return {
+        "all": torch.ones(len(rounds), dtype=torch.bool),
+        "greedy": ~is_sampled,
+        "sampled": is_sampled,
+    }
+
+
+def _group(parts: Parts, predictions: Predictions, which: torch.Tensor) -> dict[str, Any]:
+    """Accuracies on some of the held-out rounds; the thresholds are fitted to training rounds of the same kind."""
+    rounds, said = parts.held_out.select(which), predictions.of(which)
+    name = "all" if bool(which.all()) else "sampled" if bool((rounds.temperatures > 0).all()) else "greedy"
+    fitting = parts.train.select(_by_temperature(parts.train)[name])
+    labels = rounds.labels
+    majority = int(torch.bincount(fitting.labels, minlength=NUM_CLASSES).argmax())
+    epsilon, bounds = rules.best_epsilon_for_classes(fitting), rules.best_bounds(fitting)
+    by_rule = {
+        MAJORITY: torch.full_like(labels, majority),
+        ONE: rules.classes_by_length(rules.lengths_by_confidence(rounds.top_probs, epsilon), rounds.gamma),
+        TWO: bounds.classes(rounds),
+        HEAD: said.head,
+        **said.others,
+    }
+    return {
+        "num_rounds": len(rounds),
+        "label_counts": torch.bincount(labels, minlength=NUM_CLASSES).tolist(),
+        "epsilon": epsilon,
+        "bounds": [bounds.low, bounds.high],
+        "accuracy": {rule: float((one == labels).float().mean()) for rule, one in by_rule.items()},
+        "balanced_accuracy": {rule: balanced_accuracy(one, labels) for rule, one in by_rule.items()},
+        "confusion": {rule: rules.confusion(labels, one) for rule, one in by_rule.items() if rule != MAJORITY},
+        "head_minus_majority": accuracy_gain(rounds, said.head, by_rule[MAJORITY]),
+    }
+
+
+def accuracy_gain(rounds: Rounds, ours: torch.Tensor, theirs: torch.Tensor, num_samples: int = 2000) -> list[float]:
+    """Difference of two accuracies and its 95% interval, prompts drawn anew with replacement: `[gain, low, high]`."""
+    _, groups = torch.unique(rounds.prompts, return_inverse=True)
+    num_groups = int(groups.max()) + 1
+    gains = (ours == rounds.labels).double() - (theirs == rounds.labels).double()
+    sums = torch.zeros(num_groups, dtype=torch.float64).index_add_(0, groups, gains)
+    sizes = torch.bincount(groups, minlength=num_groups).double()
+    picks = torch.randint(num_groups, (num_samples, num_groups), generator=torch.Generator().manual_seed(0))
+    sampled = sums[picks].sum(dim=1) / sizes[picks].sum(dim=1)
+    low, high = torch.quantile(sampled, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return [float(gains.mean()), low, high]
+
+
+def _speeds(parts: Parts, chosen: Predictions, held_out: Predictions, c: float) -> dict[str, Any]:
+    """The round model on the held-out rounds; thresholds from the choosing ones, which no network was trained on."""
+    rows: dict[str, rules.Outcome] = {}
+    epsilons: dict[str, float] = {}
+    rounds = parts.held_out
+
+    def add(name: str, fitting: torch.Tensor | None, said: torch.Tensor | None, epsilon: float | None = None) -> None:
+        best = rules.best_epsilon(parts.choose, c, fitting) if epsilon is None else epsilon
+        epsilons[name] = best
+        rows[name] = rules.outcome(rounds, rules.submitted(rounds, best, said), c)
+
+    add("no cut", None, None, 0.0)
+    add("confidence", None, None)
+    add("head alone", chosen.head, held_out.head, 0.0)
+    add("hybrid", chosen.head, held_out.head)
+    for name in held_out.others:
+        add(f"hybrid, {name}", chosen.others[name], held_out.others[name])
+    add("hybrid, classes known", parts.choose.labels, rounds.labels)
+    rows["length known"] = rules.outcome(rounds, rounds.accepted, c)
+    baseline = max((rows["no cut"], rows["confidence"]), key=lambda one: one.speed)
+    return {
+        "c": c,
+        "rules": {
+            name: {
+                "epsilon": epsilons.get(name),
+                "speed": one.speed,
+                "ratio": one.speed / baseline.speed,
+                "interval": list(rules.ratio_interval(one, baseline)),
+                "accepted_per_round": one.num_accepted / len(rounds),
+                "rollback_per_round": one.num_wasted / len(rounds),
+            }
+            for name, one in rows.items()
+        },
+    }
+
+
+def judge(found: Mapping[str, Any]) -> Verdict:
+    """The verdict, at the c asked for."""
+    wanted = found["speeds"][0]
+    ours = wanted["rules"]["hybrid"]
+    low, high = ours["interval"]
+    known = wanted["rules"]["hybrid, classes known"]["ratio"]
+    figures_text = f"{ours['ratio']:.3f} times as fast ({low:.3f} to {high:.3f}) at c = {wanted['c']:g}"
+    ceiling = f"A head that is always right would reach {known:.2f}."
+    if low > 1.0:
+        text = f"Worth using: with the head, held-out rounds are {figures_text} as with the best rule without one. {ceiling}"
+    elif high < 1.0:
+        text = f"Not worth using: slower than the best rule without a head, {figures_text}. {ceiling}"
+    else:
+        lead = "Not worth using: no difference from the best rule without a head that is more than chance"
+        text = f"{lead}, {figures_text}. {ceiling}"
+    return Verdict(ours["ratio"], low, high, text)
+
+
+def summary(found: Mapping[str, Any]) -> dict[str, float]:
+    """The main figures by name, as they are kept with the head."""
+    ours = found["speeds"][0]["rules"]["hybrid"]
+    values = {"c": found["speeds"][0]["c"], "speed_ratio": ours["ratio"]}
+    values["speed_ratio_low"], values["speed_ratio_high"] = ours["interval"]
+    for name, group in found["groups"].items():
+        values[f"{name}_rounds"] = group["num_rounds"]
+        for key, rule in (("majority", MAJORITY), ("one_threshold", ONE), ("two_thresholds", TWO), ("head", HEAD)):
+            values[f"{name}_accuracy_{key}"] = group["accuracy"][rule]
+        values[f"{name}_balanced_accuracy_head"] = group["balanced_accuracy"][HEAD]
+    return {name: round(float(value), 4) for name, value in values.items()}
+
+
+# --- words ----------------------------------------------------------------------------------------------------------------
+
+
+def as_text(found: Mapping[str, Any]) -> str:
+    """All figures in tables."""
+    counts, prompts = found["num_rounds"], found["num_prompts"]
+    parts = [
+        f"{counts['train']} rounds of {prompts['train']} prompts to train on, {counts['choose']} of {prompts['choose']} to "
+        f"choose by, {counts['held_out']} of {prompts['held_out']} held out; {found['gamma']} draft tokens a round.",
+        accuracy_table(found["groups"]),
+    ]
+    for name, group in found["groups"].items():
+        if name != "all" or len(found["groups"]) == 2:
+            parts.append(f"The head on held-out prompts, {name} rounds:\n" + confusion_table(group["confusion"][HEAD]))
+    parts.append(speed_table(found["speeds"]))
+    return "\n\n".join(parts)
+
+
+def accuracy_table(groups: Mapping[str, Mapping[str, Any]]) -> str:
+    """Share of held-out rounds whose class is named right, by rule."""
+    names = list(next(iter(groups.values()))["accuracy"])
+    rows = [
+        [rule] + [f"{one['accuracy'][rule]:.1%} ({one['balanced_accuracy'][rule]:.1%})" for one in groups.values()]
+        for rule in names
+    ]
+    headers = [
+        "held-out accuracy (mean over the classes)",
+        *(f"{name}, {one['num_rounds']} rounds" for name, one in groups.items()),
+    ]
+    return table(headers, rows)
+
+
+def confusion_table(matrix: Sequence[Sequence[int]]) -> str:
+    """Rounds by what the target accepted and what was said; shares of each row."""
+    rows = [
+        [f"accepted {CLASS_NAMES[label]}", *(f"{count} ({percent(count / max(1, sum(row)))})" for count in row)]
+        for label, row in enumerate(matrix)
+    ]
+    return table(["", *(f"said {name}" for name in CLASS_NAMES)], rows)
+
+
+def speed_table(speeds: Sequence[Mapping[str, Any]]) -> str:
+    """The round model: speed relative to the best rule without a head, by c."""
+    names = list(speeds[0]["rules"])
+    rows = []
+    for name in names:
+        cells = []
+        for one in speeds:
+            rule = one["rules"][name]
+            low, high = rule["interval"]
+            cells.append(f"{rule['ratio']:.3f} ({low:.3f}..{high:.3f})")
+        rule = speeds[0]["rules"][name]
+        rows.append([name, *cells, f"{rule['accepted_per_round']:.2f}", f"{rule['rollback_per_round']:.2f}"])
+    headers = ["round model: speed ÷ best without a head", *(f"c = {one['c']:g}" for one in speeds)]
+    return table([*headers, f"accepted a round, c = {speeds[0]['c']:g}", "rolled back"], rows)
