@@ -91,6 +91,21 @@ def _doctor(_: argparse.Namespace) -> int:
     return doctor.run(_write)
 
 
+def _keys(args: argparse.Namespace) -> int:
+    from vllm_specbranch import keys
+
+    made = keys.make_keys(args.out)
+    lines = "".join(f"  {path}\n" for path in made)
+    _write(f"Made the keys of a draft server and of its engines:\n{lines}{_KEYS_ADVICE}\n")
+    return 0
+
+
+_KEYS_ADVICE = (
+    "The server's host needs server.key_secret and clients/, the engines' hosts client.key_secret and server.key. Pass the\n"
+    "directory as --keys to `vllm-specbranch draft-server` and as draft_keys to the engine."
+)
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def count(text: str) -> int:
         value = int(text) if text.strip().lstrip("-").isdecimal() else None
@@ -120,6 +135,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands.add_parser("demo", help="the same prompts by plain vLLM, its draft_model, and specbranch"))
     _add_tune(commands.add_parser("tune", help="choose the settings for a pair of models, and say whether they pay"))
+    keys = commands.add_parser("keys", help="make the keys of a draft server that engines reach over TCP")
+    keys.set_defaults(command=_keys)
+    keys.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory, for its owner alone")
     doctor = commands.add_parser("doctor", help="check whether specbranch can run here")
     doctor.set_defaults(command=_doctor)
     return parser

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from vllm_specbranch.addresses import ipc_path
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_deterministic import DeterministicDraftServer
 from vllm_specbranch.draft_loop import serve
@@ -28,7 +29,7 @@ from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.placement import EXIT_CONFIG, ServerSpec
 from vllm_specbranch.planner import Planner
-from vllm_specbranch.transport import bind, ipc_path
+from vllm_specbranch.transport import bind
 
 logger = logging.getLogger("vllm.specbranch.draft_main")
 

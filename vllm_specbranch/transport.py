@@ -1,6 +1,6 @@
-"""Carries messages between the engine and the draft server: ZMQ over a Unix socket, and an in-memory twin for tests.
+"""Carries messages between the engine and the draft server: ZMQ over a Unix socket or TCP, and an in-memory twin for tests.
 
-Owns sockets, timeouts, queue limits and the dropping of bytes that are no message. Does not own what a message is
+Owns timeouts and the dropping of bytes that are no message. Does not own the sockets (`zmq_port`), nor what a message is
 (`messages`), nor who starts or restarts the server (`placement`). The client end runs in the target worker, the server
 end in the draft server; each end belongs to one thread.
 
@@ -12,39 +12,36 @@ The server may die and come back at the same address: a client reconnects by its
 that it sent in between may reach the new server, before anything newer, so a server must expect strangers' leftovers.
 """
 
-import contextlib
-import errno
 import logging
-import math
-import os
-import socket
-import stat
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
 import zmq
 
 from vllm_specbranch import messages
+from vllm_specbranch.addresses import ipc_path, is_tcp, tcp_host_and_port
 from vllm_specbranch.errors import WireError
+from vllm_specbranch.keys import ClientKeys, ClientSecurity, ServerKeys, ServerSecurity
 from vllm_specbranch.messages import EngineMessage, ServerMessage
-
-# Messages held per direction and peer. An engine step makes two messages out and one back, so this is about thirty
-# steps: a peer that is further behind is hung or dead, and its backlog would be stale.
-QUEUE_LENGTH = 64
-MAX_IPC_PATH_BYTES = 107  # sockaddr_un.sun_path is 108 bytes on Linux, one of them the terminating zero.
+from vllm_specbranch.rates import Rates
+from vllm_specbranch.zmq_port import (
+    QUEUE_LENGTH,
+    Frames,
+    IpcServerPort,
+    Port,
+    TcpServerPort,
+    check_security,
+    set_client_options,
+)
 
 _MAX_LATE_DROPS = (
     8  # Malformed messages that a receive skips past its deadline, so that recv(0) gets at what is behind them.
 )
 _MAX_DRAIN = 4 * QUEUE_LENGTH
-_MAX_POLL_MS = 2**31 - 1
-_RECONNECT_MS = 50  # A connection attempt to a missing file takes microseconds.
-_MAX_RECONNECT_MS = 500
 _MEMORY_PEER = b"memory"
 
-_Frames = Sequence[bytes]
 _T = TypeVar("_T")
 _logger = logging.getLogger("vllm.specbranch.transport")
 
@@ -73,8 +70,16 @@ class ServerEndpoint(Protocol):
     """The draft server's end. Used by one thread."""
 
     @property
+    def address(self) -> str:
+        """Where it listens, with the port that the system chose where any was asked for."""
+
+    @property
     def num_dropped(self) -> int:
         """Messages received and thrown away because they were malformed."""
+
+    @property
+    def num_refused(self) -> int:
+        """Messages thrown away unread because their senders were too fast."""
 
     def recv(self, timeout_ms: float) -> tuple[bytes, EngineMessage] | None:
         """The next message and its sender, or None after `timeout_ms` in all; 0 or less takes only what has arrived."""
@@ -85,34 +90,47 @@ class ServerEndpoint(Protocol):
     def send(self, peer: bytes, message: ServerMessage) -> bool:
         """Queues a message for a sender that `recv` named; never blocks. False: nothing was sent (gone or full)."""
 
-    def close(self) -> None:
-        """Lets go of the socket and removes its file; unsent messages are lost. Closing again does nothing."""
+    def close(self, linger_ms: int = 0) -> None:
+        """Lets go of the socket and removes its file; what is unsent after `linger_ms` is lost. Again does nothing."""
 
 
-def connect(address: str) -> ClientChannel:
+def connect(address: str, security: ClientSecurity | None = None) -> ClientChannel:
     """Opens the engine's end. Returns at once, whether or not a server is there.
 
     Args:
-        address: `ipc://` and an absolute path.
+        address: `ipc://` and an absolute path, or `tcp://host:port`.
+        security: for TCP: keys, or the word `insecure`.
 
     Raises:
-        WireError: the address cannot be used.
+        WireError: the address cannot be used, or not without keys.
     """
-    ipc_path(address)
-    # No MAXMSGSIZE here: libzmq never reconnects a client whose server broke that limit. The decoder checks the size.
-    return _Client(_Port(zmq.DEALER, lambda port: port.connect(address), address), address)
+
+    def start(port: zmq.Socket[bytes]) -> None:
+        # No MAXMSGSIZE here: libzmq never reconnects a client whose server broke that limit. The decoder checks the size.
+        if is_tcp(address) and security is not None:
+            set_client_options(port, tcp_host_and_port(address)[0], security)
+        port.connect(address)
+
+    if is_tcp(address):
+        tcp_host_and_port(address)
+        check_security(address, security, ClientKeys)
+    else:
+        ipc_path(address)
+    return _Client(Port(zmq.DEALER, start, address), address)
 
 
-def bind(address: str) -> ServerEndpoint:
-    """Opens the draft server's end and replaces the socket file of a server that died.
+def bind(address: str, security: ServerSecurity | None = None, rates: Rates | None = None) -> ServerEndpoint:
+    """Opens the draft server's end. Over a Unix socket it replaces the socket file of a server that died.
 
     Args:
-        address: `ipc://` and an absolute path, in a directory that exists.
+        address: `ipc://` and an absolute path, in a directory that exists; or `tcp://host:port`.
+        security: for TCP: keys, or the word `insecure`.
+        rates: for TCP: how fast a peer may send.
 
     Raises:
-        WireError: the address cannot be used, a live server has it, or something other than a socket is at the path.
+        WireError: the address cannot be used, or not without keys; a live server has it; or something other than a socket is at
+            the path.
     """
-    _check_free(ipc_path(address))
 
     def start(port: zmq.Socket[bytes]) -> None:
         port.setsockopt(zmq.ROUTER_MANDATORY, 1)  # A send to a vanished peer fails, where it would be silently lost.
@@ -120,7 +138,12 @@ def bind(address: str) -> ServerEndpoint:
         port.setsockopt(zmq.MAXMSGSIZE, messages.MAX_MESSAGE_BYTES)
         port.bind(address)
 
-    return _Server(_BoundPort(zmq.ROUTER, start, address), address)
+    if not is_tcp(address):
+        return _Server(IpcServerPort(start, address), address)
+    check_security(address, security, ServerKeys)
+    assert security is not None
+    port = TcpServerPort(start, address, security, rates)
+    return _Server(port, port.address)
 
 
 def memory_pair() -> tuple[ClientChannel, ServerEndpoint]:
@@ -135,153 +158,43 @@ def memory_pair() -> tuple[ClientChannel, ServerEndpoint]:
     return _Client(client, "memory"), _Server(server, "memory")
 
 
-def ipc_path(address: str) -> str:
-    """The path of an `ipc://` address.
-
-    Raises:
-        WireError: it is not `ipc://` and an absolute path, or the path is too long for a Unix socket.
-    """
-    scheme, separator, path = address.partition("://")
-    if (scheme, separator) != ("ipc", "://") or not path.startswith("/") or "\0" in path:
-        raise WireError(f"address {address!r} cannot be used; allowed: ipc:// and an absolute path")
-    num_bytes = len(os.fsencode(path))
-    if num_bytes > MAX_IPC_PATH_BYTES:
-        raise WireError(
-            f"address {address!r} cannot be used: its path has {num_bytes} bytes, a Unix socket's at most "
-            f"{MAX_IPC_PATH_BYTES}; choose a shorter directory"
-        )
-    return path
-
-
-def _check_free(path: str) -> None:
-    """Raises WireError unless `path` is free or a dead server's socket: libzmq would replace whatever is there."""
-    try:
-        mode = os.stat(path, follow_symlinks=False).st_mode
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise WireError(f"cannot bind to {path!r}: {error.strerror}") from error
-    if not stat.S_ISSOCK(mode):
-        raise WireError(f"cannot bind to {path!r}: something is there that is not a socket")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        if probe.connect_ex(path) not in (errno.ECONNREFUSED, errno.ENOENT):
-            raise WireError(f"cannot bind to {path!r}: another server is listening there")
-
-
 class _Link(Protocol):
     """Moves frames: a socket, or its in-memory twin. On the server's side the first frame is the peer's name."""
 
-    def send(self, frames: _Frames) -> bool:
+    def send(self, frames: Frames) -> bool:
         """Whether the frames were queued. Never blocks, never raises."""
 
-    def fetch(self, timeout_ms: float) -> _Frames | None:
+    def fetch(self, timeout_ms: float) -> Frames | None:
         """The frames of the next arrival, or None if there is none within `timeout_ms` or the link is closed."""
 
     def watch(self, descriptor: int) -> None:
         """Lets `fetch` also return while this file descriptor is readable."""
 
-    def close(self) -> None:
-        """Closes; again does nothing."""
+    @property
+    def num_refused(self) -> int:
+        """Arrivals that were dropped unread because their senders were too fast."""
 
-
-class _Port:
-    """A ZMQ socket in a context of its own, so that closing it waits for nobody else's sockets."""
-
-    def __init__(self, kind: int, start: Callable[[zmq.Socket[bytes]], object], address: str) -> None:
-        self._closed = False
-        self._context = zmq.Context()
-        try:
-            self._socket: zmq.Socket[bytes] = self._context.socket(kind)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.setsockopt(zmq.SNDHWM, QUEUE_LENGTH)
-            self._socket.setsockopt(zmq.RCVHWM, QUEUE_LENGTH)
-            self._socket.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
-            self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, _MAX_RECONNECT_MS)
-            start(self._socket)
-        except zmq.ZMQError as error:
-            self._context.destroy(linger=0)
-            raise WireError(f"cannot use the address {address!r}: {error}") from error
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-
-    def send(self, frames: _Frames) -> bool:
-        try:
-            self._socket.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.ZMQError:  # Full (EAGAIN), no such peer (EHOSTUNREACH), closed (ENOTSOCK).
-            return False
-        return True
-
-    def fetch(self, timeout_ms: float) -> _Frames | None:
-        if self._closed:
-            return None
-        try:
-            return self._socket.recv_multipart(zmq.NOBLOCK)  # Before any poll, which costs ten times as much.
-        except zmq.Again:
-            if not timeout_ms > 0:
-                return None
-        # Rounded up: poll takes whole milliseconds.
-        if not self._poller.poll(math.ceil(min(timeout_ms, _MAX_POLL_MS))):
-            return None
-        try:
-            return self._socket.recv_multipart(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-
-    def watch(self, descriptor: int) -> None:
-        self._poller.register(descriptor, zmq.POLLIN)
-
-    def close(self) -> None:
-        self._closed = True
-        self._context.destroy(linger=0)
-
-
-class _BoundPort(_Port):
-    """A listening socket, which removes its file: libzmq leaves it behind."""
-
-    def __init__(self, kind: int, start: Callable[[zmq.Socket[bytes]], object], address: str) -> None:
-        super().__init__(kind, start, address)
-        self._path = ipc_path(address)
-        self._file = _file_identity(self._path)
-
-    def close(self) -> None:
-        if self._closed:
-            return
-        # Before the socket closes, for after that the path may be a successor's; and only if the file is still ours.
-        if self._file is not None and _file_identity(self._path) == self._file:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)
-        super().close()
-
-
-def _file_identity(path: str) -> tuple[int, int] | None:
-    """Device and inode of a file, None if there is none."""
-    try:
-        found = os.stat(path, follow_symlinks=False)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+    def close(self, linger_ms: int = 0) -> None:
+        """Closes, once what was sent has left or `linger_ms` are over; again does nothing."""
 
 
 class _MemoryQueue:
     """One direction of a memory pair."""
 
     def __init__(self) -> None:
-        self.arrivals: deque[_Frames] = deque()
+        self.arrivals: deque[Frames] = deque()
         self.closed = False
 
 
 class _MemoryLink:
     """One end of a memory pair. `readdress` does a ROUTER's work: puts the peer's name in front, or takes it off."""
 
-    def __init__(
-        self, inbox: _MemoryQueue, outbox: _MemoryQueue, readdress: Callable[[_Frames], _Frames | None]
-    ) -> None:
+    def __init__(self, inbox: _MemoryQueue, outbox: _MemoryQueue, readdress: Callable[[Frames], Frames | None]) -> None:
         self._inbox = inbox
         self._outbox = outbox
         self._readdress = readdress
 
-    def send(self, frames: _Frames) -> bool:
+    def send(self, frames: Frames) -> bool:
         addressed = self._readdress(frames)
         if addressed is None or self._inbox.closed or self._outbox.closed:
             return False
@@ -290,13 +203,17 @@ class _MemoryLink:
         self._outbox.arrivals.append(addressed)
         return True
 
-    def fetch(self, timeout_ms: float) -> _Frames | None:
+    def fetch(self, timeout_ms: float) -> Frames | None:
         return self._inbox.arrivals.popleft() if self._inbox.arrivals else None
 
     def watch(self, descriptor: int) -> None:
         """Nothing to do: `fetch` never waits."""
 
-    def close(self) -> None:
+    @property
+    def num_refused(self) -> int:
+        return 0
+
+    def close(self, linger_ms: int = 0) -> None:
         self._inbox.closed = True
         self._inbox.arrivals.clear()
 
@@ -310,7 +227,7 @@ class _Channel(Generic[_T]):
         name: of this end, for the log.
     """
 
-    def __init__(self, link: _Link, read: Callable[[_Frames], _T], name: str) -> None:
+    def __init__(self, link: _Link, read: Callable[[Frames], _T], name: str) -> None:
         self._link = link
         self._read = read
         self._name = name
@@ -336,15 +253,15 @@ class _Channel(Generic[_T]):
                 return None
         return None
 
-    def close(self) -> None:
-        self._link.close()
+    def close(self, linger_ms: int = 0) -> None:
+        self._link.close(linger_ms)
 
     def _drop(self, error: WireError) -> None:
         self._num_dropped += 1
         if self._num_dropped == 1:
             _logger.warning("Dropped a message on %s: %s. More will only be counted.", self._name, error)
 
-    def _send(self, peer: _Frames, message: messages.Message) -> bool:
+    def _send(self, peer: Frames, message: messages.Message) -> bool:
         try:
             data = messages.encode(message)
         except WireError as error:
@@ -374,10 +291,15 @@ class _Server(_Channel[tuple[bytes, EngineMessage]]):
     """`ServerEndpoint` over a link."""
 
     def __init__(self, link: _Link, name: str) -> None:
-        def read(frames: _Frames) -> tuple[bytes, EngineMessage]:
+        def read(frames: Frames) -> tuple[bytes, EngineMessage]:
             return frames[0], messages.decode_for_server(_only(frames[1:]))
 
         super().__init__(link, read, f"the draft server's end of {name}")
+        self.address = name
+
+    @property
+    def num_refused(self) -> int:
+        return self._link.num_refused
 
     def watch(self, descriptor: int) -> None:
         self._link.watch(descriptor)
@@ -386,7 +308,7 @@ class _Server(_Channel[tuple[bytes, EngineMessage]]):
         return self._send([peer], message)
 
 
-def _only(frames: _Frames) -> bytes:
+def _only(frames: Frames) -> bytes:
     if len(frames) != 1:
         raise WireError(f"a message has {len(frames)} frames, not 1")
     return frames[0]

@@ -38,6 +38,7 @@ ANYTHING = room("*", "*")
 ROOMS = {
     "__init__": room(),
     "acceptance": room("token_tree"),
+    "addresses": room("errors"),
     "back_off": room(),
     "branching": room("acceptance config token_tree"),
     "cli": ANYTHING,
@@ -54,8 +55,8 @@ ROOMS = {
     "draft_link": room("config errors messages metrics transport"),
     "draft_loop": room("draft_server draft_steps errors messages token_tree transport", "msgspec"),
     "draft_main": room(
-        "config draft_deterministic draft_loop draft_model draft_sampling draft_server draft_steps draft_work errors kv_blocks "
-        "placement planner transport"
+        "addresses config draft_deterministic draft_loop draft_model draft_sampling draft_server draft_steps draft_work errors "
+        "kv_blocks placement planner transport"
     ),
     "draft_memory": room("draft_model draft_steps kv_blocks token_tree", "numpy"),
     "draft_model": room("draft_runtime errors kv_blocks messages token_tree", "numpy torch vllm"),
@@ -78,6 +79,7 @@ ROOMS = {
     "head_report": room("head_data head_rules head_training length_head report", "torch"),
     "head_rules": room("head_data length_head", "torch"),
     "head_training": room("errors head_data length_head", "torch"),
+    "keys": room("errors", "zmq"),
     "kv_blocks": room("errors"),
     "length_head": room("errors", "numpy safetensors torch"),
     "lineup": room("config errors measure_messages"),
@@ -101,6 +103,7 @@ ROOMS = {
         "numpy torch vllm",
     ),
     "provenance": room("", "psutil"),
+    "rates": room(),
     "remote_server": room("back_off"),
     "recording_worker": room("head_recorder proposer", "torch"),
     "replay": room(
@@ -117,13 +120,14 @@ ROOMS = {
     "shipped_pair": room(),
     "speculative_config": room("config draft_check errors", "pydantic vllm"),
     "token_tree": room("errors"),
-    "transport": room("errors messages", "zmq"),
+    "transport": room("addresses errors keys messages rates zmq_port", "zmq"),
     "weaken": room("errors made_models", "torch"),
     "train_head": ANYTHING,
     "tune": ANYTHING,
     "tune_measure": room("measure_messages replay"),
     "tune_search": room(),
     "worker": room("errors plugin proposer", "vllm"),
+    "zmq_port": room("addresses errors keys rates", "zmq"),
 }
 PATCH_ROOM = room("config errors patching plugin proposer speculative_config", "torch vllm")
 
