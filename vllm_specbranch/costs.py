@@ -3,6 +3,7 @@
 Pure arithmetic. Draft server process.
 """
 
+import math
 from dataclasses import dataclass
 
 FADING = 0.99
@@ -10,14 +11,19 @@ FADING = 0.99
 MIN_VARIANCE = 0.05
 LONGEST_STEP = 4.0
 MIN_WEIGHT = 8.0
+# By so many standard errors a slope must be above 0 to count; what is above them is the slope.
+DOUBT = 2.0
 
 
 @dataclass(slots=True)
 class LinearCost:
     """time = base + slope x amount, by least squares over fading pairs; the slope is never below 0.
 
+    The slope is a lower bound: noise alone must not make something look dear, because what looks dear is not tried any more, and so
+    never looks cheap again.
+
     Attributes:
-        slope_s: seconds per unit; 0 before enough was seen. Kept when all recent amounts are alike.
+        slope_s: seconds per unit, at least; 0 before enough was seen. Kept when all recent amounts are alike.
         mean_s, mean_amount: fading means.
     """
 
@@ -27,6 +33,7 @@ class LinearCost:
     _weight: float = 0.0
     _variance: float = 0.0
     _covariance: float = 0.0
+    _variance_s: float = 0.0
 
     def observe(self, amount: float, duration_s: float) -> None:
         """Take in one measured pair."""
@@ -41,8 +48,12 @@ class LinearCost:
         # Moments about the moving means.
         self._variance = (1.0 - rate) * (self._variance + rate * away * away)
         self._covariance = (1.0 - rate) * (self._covariance + rate * away * late)
+        self._variance_s = (1.0 - rate) * (self._variance_s + rate * late * late)
         if self._weight >= MIN_WEIGHT and self._variance > MIN_VARIANCE:
-            self.slope_s = max(0.0, self._covariance / self._variance)
+            slope_s = self._covariance / self._variance
+            unexplained = max(0.0, self._variance_s - slope_s * self._covariance)
+            error_s = math.sqrt(unexplained / (self._weight * self._variance))
+            self.slope_s = max(0.0, slope_s - DOUBT * error_s)
 
     def estimate_s(self, amount: float) -> float:
         """Seconds for an amount, at least those that it adds to nothing."""

@@ -53,7 +53,8 @@ class Peer:
         num_requests, num_tokens = len(batch.commits), sum(len(one.tokens) for one in batch.commits)
         self.num_requests = max(1, num_requests)
         self.num_rounds += 1
-        if batch.pace is not None:
+        # A round without any draft tokens is another kind of round: it does without the rejection sampler.
+        if batch.pace is not None and batch.pace.num_tokens > num_requests:
             self.verification.observe(batch.pace.num_tokens, batch.pace.step_us / 1e6)
         # A round with a prefill, which may follow idle time, says nothing of how fast tokens come.
         is_prefill = batch.pace is None and self.token_s > 0.0

@@ -70,3 +70,27 @@ def test_a_jump_that_lasts_is_followed_however_large() -> None:
         cost.observe(amount, 0.050 + 0.0004 * amount)
     assert cost.slope_s == pytest.approx(0.0004, rel=0.1)
     assert cost.estimate_s(64) == pytest.approx(0.0756, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_is_no_slope(seed: int) -> None:
+    """Few amounts, mostly alike, and rounds that are late now and then: as in verification at batch 1."""
+    rng = random.Random(seed)
+    cost = LinearCost()
+    largest = 0.0
+    for index in range(400):
+        late_s = rng.expovariate(1 / 0.02) if rng.random() < 0.05 else 0.0
+        cost.observe(rng.choice((2, 2, 2, 3)), 0.022 + rng.gauss(0.0, 0.001) + late_s)
+        if index > 50:
+            largest = max(largest, cost.slope_s)
+    assert largest < 0.004, "a fifth of the time of a round"
+    assert cost.slope_s < 0.002
+
+
+def test_a_steep_slope_is_found_at_once() -> None:
+    rng = random.Random(1)
+    cost = LinearCost()
+    for _ in range(20):
+        amount = rng.randrange(64, 200)
+        cost.observe(amount, 0.001 * amount * rng.uniform(0.95, 1.05))
+    assert cost.slope_s == pytest.approx(0.001, rel=0.15)
