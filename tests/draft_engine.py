@@ -84,6 +84,7 @@ class Engine:
         most_steps: int = 500,
         pace: messages.Pace | None = None,
         round_s: float = 0.0,
+        head_class: int | None = None,
     ) -> None:
         """Commit `tokens` at `position` per request, `round_s` after whatever was before, collect the reply, check it."""
         self.clock.now_s += round_s
@@ -91,15 +92,15 @@ class Engine:
         commits = []
         for name, (position, tokens) in outcomes.items():
             self.sequences[name] = self.sequences[name][:position] + tokens
-            commits.append(messages.Commit(name, position, tokens, len(self.drafts[name]), None))
+            commits.append(messages.Commit(name, position, tokens, len(self.drafts[name]), head_class))
         replies = self.tell(messages.CommitBatch(self.round, max_wait_ms, commits, pace))
         for _ in range(most_steps):
-            if self.take_ahead(replies):
+            if self.take_ahead(replies, head_class):
                 break
             more, _ = self.server.step()
             replies += more
         self.server.check_integrity()
-        self.take_ahead(replies)
+        self.take_ahead(replies, head_class)
         assert len(replies) == 1, "a commit batch is answered once, in bounded work"
         peer, batch = replies[0]
         assert peer == PEER
@@ -112,11 +113,11 @@ class Engine:
             assert draft.position == len(sequence)
             assert len(draft.tokens) <= self.gamma
             assert draft.tokens == self.chain(draft.request_id, sequence, len(draft.tokens))
-            self.check_rules(draft, sequence)
+            self.check_rules(draft, sequence, head_class)
             self.drafts[draft.request_id] = draft.tokens
             self.hits[draft.request_id] = draft.hit
 
-    def take_ahead(self, replies: list[Reply]) -> bool:
+    def take_ahead(self, replies: list[Reply], head_class: int | None = None) -> bool:
         """Check and drop what was sent ahead of the reply; returns whether the reply has come."""
         while replies and isinstance(batch := replies[0][1], messages.DraftBatch) and not batch.is_final:
             replies.pop(0)
@@ -125,17 +126,18 @@ class Engine:
                 assert self.samplings[draft.request_id] is not None, "greedy drafts need no haste"
                 sequence = self.sequences[draft.request_id]
                 assert draft.tokens == self.chain(draft.request_id, sequence, len(draft.tokens))
-                self.check_rules(draft, sequence)
+                self.check_rules(draft, sequence, head_class)
                 self.num_ahead += 1
         return bool(replies)
 
-    def check_rules(self, draft: messages.Draft, sequence: list[int]) -> None:
+    def check_rules(self, draft: messages.Draft, sequence: list[int], head_class: int | None = None) -> None:
         """Rule 1: q is what each token was drawn from. Rule 2: no token beyond a place where the stop rule ends the chunk."""
         sampling = self.samplings[draft.request_id]
         ids, probs = array("i"), array("f")
+        assert head_class != 0 or not draft.tokens
         for index in range(len(draft.tokens)):
             candidates = self.model.predict([*sequence, *draft.tokens[:index]], self.top_k, sampling)
-            assert self.planner.score(candidates) >= self.threshold
+            assert head_class == 2 or self.planner.score(candidates) >= self.threshold
             ids.extend(candidates.token_ids)
             probs.extend(candidates.probs)
         expected = (b"", b"") if sampling is None else (ids.tobytes(), probs.tobytes())

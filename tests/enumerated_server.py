@@ -61,6 +61,8 @@ class Serving:
             ahead, and if that is nothing it does not wait in the next round. None: it waits for the reply.
         max_wait_ms: as in `CommitBatch`.
         in_flight: every message finds a forward under way.
+        head_classes: `[3]` weight of each class that a length head gives a commit; None: there is no head.
+        head_seed: of a head whose class is some function of the committed tokens; instead of `head_classes`.
         round_us: (time of a round without tokens, time of each token), which the engine tells the server; None: it does not.
     """
 
@@ -75,6 +77,8 @@ class Serving:
     patience: tuple[float, ...] | None = None
     max_wait_ms: float = 1e4
     in_flight: bool = False
+    head_classes: tuple[float, float, float] | None = None
+    head_seed: int | None = None
     round_us: tuple[float, float] | None = None
 
 
@@ -238,7 +242,9 @@ class Engine:
             if request.is_finished:
                 closes.append(name)
             else:
-                commits.append(messages.Commit(name, position, tokens, num_draft_tokens, None))
+                commits.append(
+                    messages.Commit(name, position, tokens, num_draft_tokens, self._head_class(request.output))
+                )
         if closes:
             self._tell(messages.StepBegin([], closes))
         if commits:
@@ -247,6 +253,14 @@ class Engine:
                 base_us, token_us = self._serving.round_us
                 pace = messages.Pace(num_tokens, base_us + token_us * num_tokens, 0.0)
             self._collect(messages.CommitBatch(self._round, self._serving.max_wait_ms, commits, pace))
+
+    def _head_class(self, output: Prefix) -> int | None:
+        weights, seed = self._serving.head_classes, self._serving.head_seed
+        found = None if weights is None else self._world.choose(weights)
+        if seed is not None:
+            found = Random(f"{seed} {output}").randrange(3)
+        self._seen[f"class {found}"] += 1
+        return found
 
     def _collect(self, batch: messages.CommitBatch) -> None:
         """Send a batch; take the reply, or what was sent ahead of it when the engine waits no longer."""

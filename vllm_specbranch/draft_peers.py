@@ -38,8 +38,13 @@ class PendingReply:
 
 @dataclass(slots=True)
 class Peer:
-    """One engine: its open reply, and how fast it has been."""
+    """One engine: its open reply, and how fast it has been.
 
+    Attributes:
+        wants_top_probs: as its `Hello` said.
+    """
+
+    wants_top_probs: bool = False
     pending: PendingReply | None = None
     last_commit_s: float | None = None
     token_s: float = 0.0

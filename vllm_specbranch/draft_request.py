@@ -41,6 +41,8 @@ class DraftRequest:
         self.sampling = sampling
         # Least chance of acceptance that is worth a token's verification, as things stand (see `Planner.chunk`).
         self.price = 0.0
+        # What the length head says of the next chunk (see `Planner.chunk`); as of the last commit.
+        self.length_class: int | None = None
         self._random_number = random_number
         self._kv = kv
         self._sequence_ids = sequence_ids
@@ -135,11 +137,18 @@ class DraftRequest:
             index = draw(candidates.probs, self._random_number(self.sampling.key, node.prefix))
         node.choice = candidates.token_ids[index]
 
-    def draft(self, request_id: str, hit: bool, end: int | None = None) -> Draft:
+    def draft(self, request_id: str, hit: bool, end: int | None = None, *, with_top_probs: bool = False) -> Draft:
         """The chunk that ends at a node (`chunk_end` if None), as it goes to the engine."""
         end = self.chunk_end if end is None else end
         tokens = [self.tree.node(one).token for one in self.tree.path(end)]
-        return Draft(request_id, self.tree.num_tokens, tokens, hit, *self._distributions(end), [])
+        top_probs = self._top_probs(end) if with_top_probs else []
+        return Draft(request_id, self.tree.num_tokens, tokens, hit, *self._distributions(end), top_probs)
+
+    def _top_probs(self, end: int) -> list[float]:
+        """The draft's top probability where each token of the chunk that ends at `end` was chosen."""
+        fed = [self.tree.node(one).candidates for one in (self.tree.root, *self.tree.path(end)[:-1])]
+        # Rounding may lift a sum of shares over 1, which the wire refuses.
+        return [min(1.0, one.probs[0]) for one in fed if one is not None] if end != self.tree.root else []
 
     def _distributions(self, end: int) -> tuple[bytes, bytes]:
         """What the tokens of the chunk that ends at `end` were drawn from, as `Draft` carries it; empty for greedy drafts."""

@@ -69,7 +69,7 @@ class DraftServer(DraftSteps):
     def _greet(self, peer: bytes, hello: messages.Hello) -> list[Reply]:
         for key in [key for key in self._requests if key[0] == peer]:
             self._close(key)
-        self._peers[peer] = Peer()
+        self._peers[peer] = Peer(hello.wants_top_probs)
         if hello.vocab_size != self._model.vocab_size:
             reason = f"the target's vocabulary has {hello.vocab_size} tokens, the draft's {self._model.vocab_size}"
             return [(peer, messages.Refused(hello.session, reason, True))]
@@ -141,7 +141,7 @@ class DraftServer(DraftSteps):
         request = self._requests.pop(key, None)
         if request is None:
             return None
-        request.price = price
+        request.price, request.length_class = price, commit.head_class
         self._observe_outcome(request, commit)
         tree = request.tree
         line, num_nodes = self._main_line(request), len(tree)
@@ -293,13 +293,14 @@ class DraftServer(DraftSteps):
 
     def _reply(self, peer_id: bytes, pending: PendingReply) -> messages.DraftBatch:
         drafts = []
+        with_top_probs = self._peers[peer_id].wants_top_probs
         for request_id, hit in pending.hits.items():
             request = self._requests.get((peer_id, request_id))
             if request is None:
                 continue
             request.chunk_end = self._open_chunk(request).end
             self._planner.branching.revalue(request.tree, request.chunk_end, is_sampled=request.is_sampled)
-            drafts.append(request.draft(request_id, hit))
+            drafts.append(request.draft(request_id, hit, with_top_probs=with_top_probs))
             self._grow(request)
         return messages.DraftBatch(pending.round, True, drafts, pending.unknown)
 
@@ -307,6 +308,7 @@ class DraftServer(DraftSteps):
         """The sampled drafts of a batch that waits, whenever one has grown."""
         drafts = []
         has_grown = False
+        with_top_probs = self._peers[peer_id].wants_top_probs
         for request_id, hit in pending.hits.items():
             request = self._requests.get((peer_id, request_id))
             if request is None or request.sampling is None:
@@ -315,7 +317,7 @@ class DraftServer(DraftSteps):
             has_grown |= chunk.num_tokens > pending.sent.get(request_id, 0)
             pending.sent[request_id] = chunk.num_tokens
             if chunk.num_tokens:
-                drafts.append(request.draft(request_id, hit, chunk.end))
+                drafts.append(request.draft(request_id, hit, chunk.end, with_top_probs=with_top_probs))
         return [(peer_id, messages.DraftBatch(pending.round, False, drafts, []))] if has_grown else []
 
     # --- drafting ---------------------------------------------------------------------------------------------------------

@@ -247,13 +247,17 @@ class DraftSteps:
         Always appended: were it there for some choices only (because a branch starts with it, say), a look at the drawn token would
         decide whether it is submitted (rule 2 of the design, section 3).
         """
-        chunk = self._planner.chunk(request.tree, request.price)
+        chunk = self._chunk(request)
         node = request.tree.node(chunk.end)
         if chunk.is_complete or node.candidates is None or request.is_evicted:
             return chunk
         self._planner.branching.grow_chunk(request.tree, request.extend(chunk.end, node.choice))
         self.counters.num_drafted_tokens += 1
-        return self._planner.chunk(request.tree, request.price)
+        return self._chunk(request)
+
+    def _chunk(self, request: DraftRequest) -> Chunk:
+        """What has been drafted of the chunk that could be submitted now."""
+        return self._planner.chunk(request.tree, request.price, request.length_class)
 
     def _grow(self, request: DraftRequest) -> None:
         """Draft on for the outcomes of the verification under way: new forks, and the draft's choices below them."""

@@ -4,8 +4,9 @@ Owns the acceptance estimates, no other state, no clock and no model: the draft 
 draft server process.
 
     PEARL (arXiv:2408.11850): one chain; all drafted tokens are submitted; a miss goes on with an empty chunk.
-    SpecBranch (arXiv:2506.01979): a chunk ends where the draft model is unsure (section 4, "hybrid drafting", here without the
-        length head), and k candidates are forked at that branch point (section 5, "branch resampling").
+    SpecBranch (arXiv:2506.01979): a chunk ends where the draft model is unsure, unless a length head says that none or all of it
+        will be accepted (section 4, "hybrid drafting"), and k candidates are forked at that branch point (section 5, "branch
+        resampling").
     fanout (SSD, arXiv:2603.03251): all drafted tokens are submitted; candidates at every position of the chunk.
     best_first (ours): a chunk is as long as its tokens pay for their verification; the likeliest outcomes are drafted for, in rows
         as many as pay for the time they add to a draft step.
@@ -24,6 +25,8 @@ from vllm_specbranch.token_tree import Candidates, TokenTree
 ENTROPY_WEIGHT = 0.2
 # Of a greedy row, as many probabilities are looked at one by one; the rest counts as one more outcome.
 ENTROPY_CANDIDATES = 64
+# What a length head says of the next draft (section 5 of the design); any other class cuts by the rules.
+NONE_ACCEPTED, ALL_ACCEPTED = 0, 2
 # Tokens to wait for after a miss where times must not matter.
 DETERMINISTIC_WAIT_TOKENS = 4
 
@@ -89,6 +92,7 @@ class Planner:
         self.branching = Branching(config, self.acceptance)
         self._stop_rule = config.stop_rule
         self._threshold = 0.0 if config.stop_rule == "none" else config.stop_threshold
+        self._takes_classes = config.policy != "pearl"
         self._on_miss = config.on_miss
         if config.deterministic and config.on_miss.kind == "auto":
             # What `auto` weighs are measured times.
@@ -109,20 +113,28 @@ class Planner:
             return max(0.0, 1.0 - math.sqrt(ENTROPY_WEIGHT * entropy(candidates.probs)))
         return candidates.probs[0]
 
-    def chunk(self, tree: TokenTree, price: float = 0.0) -> Chunk:
+    def chunk(self, tree: TokenTree, price: float = 0.0, length_class: int | None = None) -> Chunk:
         """The chunk that could be submitted now: along the draft's choices, up to the stop rule, the price or the limit.
 
         A forward stopping rule: whether a token enters depends on the distribution it was drawn from, never on the token.
 
         Args:
             price: least chance of acceptance that a token must have, with all before it, to be worth its verification.
+            length_class: of a length head: 0 submits nothing, so that the branch point is the root; 2 knows no stop rule (the price
+                is a rule of load, and holds); 1 and None are cut by the rules. Ignored by `pearl`. A function of committed tokens
+                and of the root's distribution, for a sampled request.
         """
         node = tree.node(tree.root)
         survival = 1.0
+        threshold = self._threshold
+        if self._takes_classes and length_class == NONE_ACCEPTED:
+            return Chunk(node.node_id, 0, True, survival)
+        if self._takes_classes and length_class == ALL_ACCEPTED:
+            threshold = 0.0
         for length in range(self._max_chunk):
             if node.candidates is None:
                 return Chunk(node.node_id, length, price >= 1.0, survival)
-            if node.score < self._threshold or survival * node.accepted < price:
+            if node.score < threshold or survival * node.accepted < price:
                 return Chunk(node.node_id, length, True, survival)
             child = node.children.get(node.choice)
             if child is None:

@@ -251,6 +251,45 @@ def test_any_engine_behaviour_gets_the_draft_models_own_tokens_and_distributions
     engine.server.check_integrity()
 
 
+@pytest.mark.parametrize("sampling", [None, messages.Sampling(0.3, 4, 5)])
+def test_top_probabilities_come_with_the_chunk_if_the_engine_asked(sampling: messages.Sampling | None) -> None:
+    for wanted in (False, True):
+        engine = make_engine(stop_rule="none", on_miss="wait:4")
+        engine.server.handle(PEER, messages.Hello("s2", 50, 500, wanted, None))
+        engine.open("a", [1, 2, 3], sampling)
+        replies = engine.server.handle(
+            PEER, messages.CommitBatch(1, 1e4, [messages.Commit("a", 3, [4], 0, None)], None)
+        )
+        batches = []
+        while not batches or not batches[-1].is_final:
+            replies += engine.server.step()[0]
+            batches += [one for _, one in replies if isinstance(one, messages.DraftBatch)]
+            replies = []
+        context = [1, 2, 3, 4]
+        for batch in batches:
+            (draft,) = batch.drafts
+            contexts = [context + draft.tokens[:index] for index in range(len(draft.tokens))]
+            expected = [engine.model.predict(one, engine.top_k, sampling).probs[0] for one in contexts]
+            assert draft.top_probs == (pytest.approx(expected) if wanted else [])
+            assert messages.decode_for_engine(messages.encode(batch)) == batch
+        assert len(draft.tokens) == 4
+
+
+def test_a_class_holds_for_one_round() -> None:
+    engine = make_engine(stop_threshold=0.5)
+    engine.model.confidences = (0.4, 0.9)
+    engine.open("a", [1, 2, 3])
+    lengths: dict[int | None, list[int]] = {None: [], 0: [], 1: [], 2: []}
+    for round_index in range(40):
+        engine.run(100)
+        head_class = (None, 0, 1, 2)[round_index % 4]
+        engine.commit({"a": engine.follow("a", len(engine.drafts["a"]))}, head_class=head_class)
+        lengths[head_class].append(len(engine.drafts["a"]))
+    assert set(lengths[0]) == {0}
+    assert set(lengths[2]) == {4}
+    assert min(lengths[1]) < 4 and set(lengths[1]) | set(lengths[None]) >= {0, 1}
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_whether_a_reply_waits_is_decided_once_a_step(deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(stop_rule="none", on_miss="wait:4", deterministic=deterministic)

@@ -1,31 +1,24 @@
 """The real draft server is lossless: run inside the enumeration, it gives the target's distribution exactly.
 
-Owns the cases, and the breaks of the real code that the same enumeration rejects. The reference of one round in plain Python, which
-needs no server, is in `test_reference_round`. Probabilities of drafts are multiples of 1/16, exact in the float32 in which they
-travel, so distributions are compared at 1e-9.
+Owns the cases; the breaks of the real code that the same enumeration rejects are in `test_enumerated_breaks`. The reference of one
+round in plain Python, which needs no server, is in `test_reference_round`. Probabilities of drafts are multiples of 1/16, exact in
+the float32 in which they travel, so distributions are compared at 1e-9.
 
 What is small: one request of 3 or 4 tokens, or two of 2 or 3; an output vocabulary of 2, or of 3 with 3 tokens; chunks of at most 3
 (4 in two breaks). Two branches of so few tokens need a `max_branches` of 4 or 8, since their first choice is likely.
 """
 
-from array import array
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import pytest
 
-from tests.enumerated_server import Engine, Result, Serving, enumerate_server, exact_table
+from tests.enumerated_server import Result, Serving, enumerate_server, exact_table
 from tests.reference_round import Rules
-from vllm_specbranch.branching import Branching
-from vllm_specbranch.draft_request import DraftRequest
-from vllm_specbranch.draft_sampling import draw
 from vllm_specbranch.draft_server import DraftServer
 from vllm_specbranch.draft_work import Limits, StepTimings
-from vllm_specbranch.planner import Chunk, Planner
-from vllm_specbranch.token_tree import Candidates, TokenTree
 
 EXACT = 1e-9
-REJECTED = 1e-3
 
 PEARL: Mapping[str, object] = {"policy": "pearl"}
 NO_RULE: Mapping[str, object] = {"max_branches": 4, "stop_rule": "none"}
@@ -66,6 +59,10 @@ TWO_STEPS = (0.0, 0.0, 1.0)
 EVICTED = ("num_evictions", "2 draft tokens")
 NARROWED = ("num_narrowings", "2 draft tokens")
 LATE = ("late replies", "2 draft tokens")
+ALWAYS_0 = (1.0, 0.0, 0.0)
+ALWAYS_2 = (0.0, 0.0, 1.0)
+RANDOM = (0.25, 0.25, 0.5)
+HEAD_SEEN = ("class 0", "class 1", "class 2", "2 draft tokens")
 
 CASES = {
     "pearl": Case(Serving(SHORT, PEARL), ("2 draft tokens", "num_hits", "num_misses")),
@@ -116,6 +113,20 @@ CASES = {
     "lost replies, deterministic": Case(Serving(replace(LONG, lost_replies=0.4), DETERMINISTIC), ("3 draft tokens",)),
     "trims": Case(Serving(replace(SHORT, trims=0.5), CONFIDENT)),
     "trims, chunks of 3": Case(Serving(replace(LONG, trims=0.5), DETERMINISTIC)),
+    "a head that always says 0": Case(Serving(LONG, CONFIDENT, head_classes=ALWAYS_0), ("num_forks", "num_hits")),
+    "a head that always says 2": Case(Serving(LONG, CONFIDENT, head_classes=ALWAYS_2), ("3 draft tokens",), seed=0),
+    "a head": Case(Serving(LONG, CONFIDENT, head_seed=3), (*HEAD_SEEN, "3 draft tokens")),
+    "a head, late replies": Case(Serving(SHORT, PATIENT, head_seed=0, patience=SOME_STEPS), (*LATE, *HEAD_SEEN)),
+    "a head, a forward under way": Case(Serving(SHORT, PATIENT, head_seed=0, in_flight=True), HEAD_SEEN),
+    "a head, lost replies": Case(Serving(replace(SHORT, lost_replies=0.4), CONFIDENT, head_seed=0), HEAD_SEEN),
+    "a head, fanout": Case(Serving(SHORT, FANOUT, head_seed=0), ("num_forks", *HEAD_SEEN)),
+    "a head, best first": Case(Serving(SHORT, BEST_FIRST, head_seed=0), ("num_forks", *HEAD_SEEN)),
+    "a random head": Case(Serving(SHORT, PATIENT, head_classes=RANDOM), HEAD_SEEN),
+    "a random head, evicted": Case(
+        Serving(SHORT, PATIENT, head_classes=RANDOM, num_blocks=4, block_size=1), (*EVICTED, *HEAD_SEEN)
+    ),
+    "a random head, adaedl": Case(Serving(SHORT, ADAEDL, head_classes=RANDOM), HEAD_SEEN),
+    "a random head, deterministic": Case(Serving(SHORT, DETERMINISTIC, head_classes=RANDOM), HEAD_SEEN),
     "lost records": Case(Serving(replace(SHORT, lost_records=0.4), CONFIDENT)),
     "what was sent ahead is used": Case(Serving(LONG, PATIENT, patience=TWO_STEPS), LATE),
     "replies late or not": Case(Serving(SHORT, PATIENT, patience=SOME_STEPS), LATE),
@@ -192,260 +203,3 @@ def test_how_far_a_branch_grows_depends_on_nothing_drawn_in_it(
     result = run(Case(serving, seed=seed))
     assert result.difference < EXACT
     assert result.seen["num_narrowings"] + result.seen["num_evictions"] > 0
-
-
-def test_the_price_of_a_branch_and_its_growth_are_guarded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Either break alone shows nothing in the third case above: values that are all alike stop all branches alike."""
-    monkeypatch.setattr(DraftServer, "_prices", lambda self, peer, commits: [0.5] * len(commits))
-    monkeypatch.setattr(StepTimings, "row_cost", property(lambda self: 0.3))
-    monkeypatch.setattr(Branching, "grow_extension", by_what_was_drawn)
-    monkeypatch.setattr(Branching, "extensions", where_it_pays)
-    serving = Serving(LONG, {**BEST_FIRST, "on_miss": "go"}, num_blocks=6, block_size=1)
-    assert run(Case(serving, seed=5)).difference > REJECTED
-
-
-# Breaks of the real code. Each takes the place of one method of the draft server.
-
-
-def with_a_number_per_position(
-    self: DraftRequest, leaf: int, candidates: Candidates, score: float, accepted: float
-) -> None:
-    """`DraftRequest.fed` for a stream that all chains share.
-
-    An eviction costs the request its KV, and no chunk waits for so long a prefill. Whether the losing chain grew until the request
-    was evicted depends on a token of it that was drawn with the number which the new chain starts with.
-    """
-    assert self.sampling is not None
-    node = self.tree.node(leaf)
-    node.candidates, node.score, node.accepted = candidates, score, accepted
-    node.choice = candidates.token_ids[draw(candidates.probs, self._random_number(self.sampling.key, node.position))]
-
-
-def with_the_likelier_of_two(
-    self: DraftRequest, leaf: int, candidates: Candidates, score: float, accepted: float
-) -> None:
-    """`DraftRequest.fed` that draws twice (rule 3)."""
-    assert self.sampling is not None
-    node = self.tree.node(leaf)
-    node.candidates, node.score, node.accepted = candidates, score, accepted
-    numbers = (self._random_number(self.sampling.key + stream, node.prefix) for stream in (0, 1))
-    # The candidates are in the order of their probabilities.
-    node.choice = candidates.token_ids[min(draw(candidates.probs, number) for number in numbers)]
-
-
-def with_the_score_of_the_choice(
-    self: DraftRequest, leaf: int, candidates: Candidates, score: float, accepted: float
-) -> None:
-    """`DraftRequest.fed` whose stop rule looks at the drawn token's probability (rule 2)."""
-    RIGHT_FED(self, leaf, candidates, score, accepted)
-    node = self.tree.node(leaf)
-    node.score = candidates.probs[candidates.token_ids.index(node.choice)]
-
-
-RIGHT_FED = DraftRequest.fed
-
-
-def of_the_root(self: DraftRequest, end: int) -> tuple[bytes, bytes]:
-    """`DraftRequest._distributions` that sends the root's q for every token (rule 1)."""
-    num_tokens = len(self.tree.path(end))
-    candidates = self.tree.node(self.tree.root).candidates
-    if candidates is None or not num_tokens:
-        return b"", b""
-    return array("i", candidates.token_ids * num_tokens).tobytes(), array("f", candidates.probs * num_tokens).tobytes()
-
-
-def one_hot_for_first_choices(self: DraftRequest, end: int) -> tuple[bytes, bytes]:
-    """`DraftRequest._distributions` that leaves out the q of a token that is the first candidate too (rule 1)."""
-    packed_ids, packed_probs = RIGHT_DISTRIBUTIONS(self, end)
-    ids, probs = array("i", packed_ids), array("f", packed_probs)
-    path = self.tree.path(end)
-    width = len(ids) // max(1, len(path))
-    for row, node_id in enumerate(path):
-        first = row * width
-        if ids[first] == self.tree.node(node_id).token:
-            probs[first : first + width] = array("f", [1.0, *[0.0] * (width - 1)])
-    return packed_ids, probs.tobytes()
-
-
-RIGHT_DISTRIBUTIONS = DraftRequest._distributions
-
-
-def unless_there_are_branches(self: DraftServer, request: DraftRequest) -> Chunk:
-    """`DraftServer._open_chunk` that appends the choice to a leaf only, so that elsewhere it enters if it is a branch (rule 2)."""
-    chunk = self._planner.chunk(request.tree)
-    return chunk if request.tree.node(chunk.end).children else RIGHT_OPEN_CHUNK(self, request)
-
-
-RIGHT_OPEN_CHUNK = DraftServer._open_chunk
-
-
-def best_of_all_lengths(self: Planner, tree: TokenTree, price: float = 0.0) -> Chunk:
-    """`Planner.chunk` that ends before the least likely token of a chunk that is complete (rule 2)."""
-    chunk = RIGHT_CHUNK(self, tree, price)
-    if not chunk.is_complete or chunk.num_tokens < 2:
-        return chunk
-    parents = [tree.root, *tree.path(chunk.end)[:-1]]
-    found = [tree.node(one) for one in parents]
-    probs = [one.candidates.probs[one.candidates.token_ids.index(one.choice)] for one in found if one.candidates]
-    length = probs.index(min(probs))
-    return Chunk(parents[length], length, True, chunk.survival)
-
-
-RIGHT_CHUNK = Planner.chunk
-
-
-def by_what_was_drawn(self: Branching, tree: TokenTree, leaf: int, child_id: int, *, is_sampled: bool) -> None:
-    """`Branching.grow_extension` as for a greedy request (rule 2, by way of the pressure that a longer branch makes)."""
-    RIGHT_GROW_EXTENSION(self, tree, leaf, child_id, is_sampled=False)
-
-
-RIGHT_GROW_EXTENSION = Branching.grow_extension
-
-
-def where_it_pays(
-    self: Branching, tree: TokenTree, end: int, *, is_sampled: bool, price: float = 0.0
-) -> list[tuple[int, int]]:
-    """`Branching.extensions` with the price of a greedy request (rule 2, by the same way)."""
-    return RIGHT_EXTENSIONS(self, tree, end, is_sampled=False, price=price)
-
-
-RIGHT_EXTENSIONS = Branching.extensions
-
-
-def nothing(*_: object) -> list[object]:
-    """`DraftServer._send_ahead`: a late reply is dropped whole."""
-    return []
-
-
-def with_its_drafts(self: DraftRequest) -> None:
-    """`DraftRequest.evict` that drops what was drawn with its KV (rule 2).
-
-    A chunk that grows while its reply waits is evicted at some length, and one that the stop rule ends before that is not.
-    """
-    for sequence in self._owned.values():
-        self._kv.free(sequence)
-    self._owned.clear()
-    self.tree.rollback(self.tree.num_tokens)
-    self.tree.node(self.tree.root).candidates = None
-    self.chunk_end = self.tree.root
-
-
-def whatever_came(self: Engine) -> bool:
-    """`Engine.gives_up` after each late reply."""
-    return True
-
-
-@dataclass(frozen=True)
-class Break:
-    """A method of the real code (or of the engine's side here), what takes its place, and a case that shows it.
-
-    Attributes:
-        timings: measured times of the draft steps that are given instead.
-    """
-
-    owner: type
-    method: str
-    broken: Callable[..., object]
-    case: Case
-    timings: Mapping[str, float] = field(default_factory=dict)
-
-
-ONE_BRANCH = {"max_branches": 1, "stop_threshold": 0.6}
-BREAKS = {
-    "a number per position": Break(
-        DraftRequest,
-        "fed",
-        with_a_number_per_position,
-        Case(
-            Serving(
-                replace(LONG, gamma=4),
-                {**ONE_BRANCH, "on_miss": "wait:4"},
-                num_prompt_tokens=17,
-                num_blocks=21,
-                block_size=1,
-                free_steps=(0.0, 1.0),
-            ),
-            seed=56,
-        ),
-    ),
-    "the likelier of two draws": Break(DraftRequest, "fed", with_the_likelier_of_two, CASES["pearl"]),
-    "a look at the drawn token's probability": Break(
-        DraftRequest, "fed", with_the_score_of_the_choice, CASES["confidence"]
-    ),
-    "q from the wrong node": Break(DraftRequest, "_distributions", of_the_root, CASES["pearl"]),
-    "q depends on the token": Break(DraftRequest, "_distributions", one_hot_for_first_choices, CASES["pearl"]),
-    "the choice enters where it is a branch": Break(
-        DraftServer,
-        "_open_chunk",
-        unless_there_are_branches,
-        Case(Serving(replace(SHORT, gamma=1, lost_replies=0.5), {**NO_RULE, "on_miss": "go"}), seed=0),
-    ),
-    "a branch grows by the worth of what is drawn in it": Break(
-        Branching,
-        "grow_extension",
-        by_what_was_drawn,
-        Case(Serving(LONG, {**BEST_FIRST, "on_miss": "go"}, num_blocks=6, block_size=1), seed=1),
-        {"row_cost": 0.3},
-    ),
-    "the best of all lengths": Break(Planner, "chunk", best_of_all_lengths, CASES["pearl"]),
-    "a late reply drops the whole chunk": Break(
-        DraftServer,
-        "_send_ahead",
-        nothing,
-        Case(Serving(LONG, {**ONE_BRANCH, "on_miss": "wait:3"}, free_steps=(0.0, 1.0), patience=TWO_STEPS), seed=6),
-    ),
-    "a late reply costs the next round its drafts": Break(
-        Engine,
-        "gives_up",
-        whatever_came,
-        Case(
-            Serving(
-                Rules(horizon=4, gamma=4, top_m=2, trims=0.5),
-                {**ONE_BRANCH, "on_miss": "wait:4"},
-                free_steps=(0.0, 1.0),
-                patience=(0.0, 0.0, 0.0, 1.0),
-            ),
-            seed=23,
-        ),
-    ),
-    "an eviction drops what was drawn": Break(
-        DraftRequest,
-        "evict",
-        with_its_drafts,
-        Case(
-            Serving(
-                replace(SHORT, gamma=3),
-                {**ONE_BRANCH, "on_miss": "wait:3"},
-                num_blocks=3,
-                block_size=1,
-                free_steps=NONE,
-            )
-        ),
-    ),
-    "an eviction drops what was drawn, two requests": Break(
-        DraftRequest,
-        "evict",
-        with_its_drafts,
-        Case(
-            Serving(
-                replace(SHORT, gamma=3),
-                {**ADAEDL, "max_branches": 1, "on_miss": "wait:3"},
-                num_requests=2,
-                num_blocks=7,
-                block_size=1,
-                free_steps=NONE,
-            ),
-            seed=12,
-        ),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BREAKS)
-def test_broken_code_is_rejected_and_the_right_one_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = BREAKS[name]
-    for key, value in broken.timings.items():
-        monkeypatch.setattr(StepTimings, key, property(lambda self, value=value: value))
-    assert run(broken.case).difference < EXACT
-    monkeypatch.setattr(broken.owner, broken.method, broken.broken)
-    assert run(broken.case).difference > (REJECTED if not broken.timings else REJECTED / 10)

@@ -238,6 +238,31 @@ def test_a_chunk_ends_where_a_token_is_not_worth_its_verification(price: float, 
     assert chunk.is_complete == (price >= 0.5)
 
 
+@pytest.mark.parametrize(
+    ("length_class", "expected", "is_complete"),
+    [(None, [10], True), (0, [], True), (1, [10], True), (2, [10, 11, 12, 13], True)],
+)
+def test_a_length_class_cuts_all_of_the_chunk_none_of_it_or_leaves_it_to_the_rule(
+    length_class: int | None, expected: list[int], is_complete: bool
+) -> None:
+    tree = chain([0.9, 0.05, 0.9, 0.9, 0.9])
+    chunk = planner(stop_threshold=0.3).chunk(tree, length_class=length_class)
+    assert (tokens(tree, chunk), chunk.is_complete) == (expected, is_complete)
+    pearl = planner(policy="pearl").chunk(tree, length_class=length_class)
+    assert tokens(tree, pearl) == [10, 11, 12, 13], "PEARL submits all it has"
+
+
+def test_before_the_root_is_fed_class_0_is_complete_and_class_2_is_not() -> None:
+    tree = TokenTree([7])
+    assert planner().chunk(tree, length_class=0).is_complete, "nobody waits for what will not be submitted"
+    assert not planner().chunk(tree, length_class=2).is_complete
+
+
+def test_class_2_is_no_rule_of_load() -> None:
+    tree = chain([0.9, 0.05, 0.9])
+    assert tokens(tree, planner(stop_threshold=0.3).chunk(tree, 0.2, length_class=2)) == [10]
+
+
 def test_nothing_is_awaited_for_a_chunk_that_would_stay_empty() -> None:
     assert planner().chunk(TokenTree([7]), price=1.0).is_complete
     assert not planner().chunk(TokenTree([7]), price=0.9).is_complete
