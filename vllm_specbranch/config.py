@@ -88,6 +88,8 @@ class SpecBranchConfig:
         quantization, revision, max_model_len: of the draft model, as in vLLM.
         draft_tensor_parallel_size: 1 is the only value that works today.
         enforce_eager: run the draft model without compilation.
+        reclaim_blocks: the target's scheduler takes back KV blocks that only rejected draft tokens had needed, rather than
+            preempt a request for want of them; see section 6 of the design.
     """
 
     model: str
@@ -114,6 +116,7 @@ class SpecBranchConfig:
     max_model_len: int | None = None
     draft_tensor_parallel_size: int = 1
     enforce_eager: bool = False
+    reclaim_blocks: bool = True
 
     @classmethod
     def from_user(cls, settings: Mapping[str, object]) -> "SpecBranchConfig":
@@ -317,6 +320,7 @@ _PARSERS: dict[str, Callable[[object, str], object]] = {
     "max_model_len": _integer(1, None),
     "draft_tensor_parallel_size": _integer(1, 1),
     "enforce_eager": _flag,
+    "reclaim_blocks": _flag,
 }
 
 assert set(_PARSERS) == {field.name for field in fields(SpecBranchConfig)}

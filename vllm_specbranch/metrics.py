@@ -79,6 +79,26 @@ class EngineCounters:
         return {name: getattr(self, name) for name in self.__slots__ if not name.endswith("_by_position")}
 
 
+@dataclass(slots=True)
+class SchedulerCounters:
+    """What the target's scheduler counts, in the engine core.
+
+    `num_reclaims` counts requests that gave up blocks, `num_reclaimed_blocks` these blocks; `num_short_steps` the steps in which
+    the pool could not hold a full chunk of every request, `num_cut_draft_tokens` the draft tokens that were not verified
+    therefore. `num_preemptions` counts vLLM's own, whatever the reason.
+    """
+
+    num_reclaimed_blocks: int = 0
+    num_reclaims: int = 0
+    num_short_steps: int = 0
+    num_cut_draft_tokens: int = 0
+    num_preemptions: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """Name to value, in the order above."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
 def rates(engine: Mapping[str, float], server: Mapping[str, float]) -> dict[str, float]:
     """The rates a reader asks for, from the counters of both sides.
 

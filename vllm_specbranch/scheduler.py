@@ -1,20 +1,24 @@
 """Our subclass of vLLM's scheduler: what the workers must know of a step beyond vLLM's own output.
 
 Owns `SpecBranchSchedulerOutput` and how it is made: the distributions of sampled drafts wait here until their tokens are
-scheduled, and then go to every worker, so that all ranks of a tensor-parallel target verify against the same. Runs in the
-EngineCore process.
+scheduled, and then go to every worker, so that all ranks of a tensor-parallel target verify against the same. What happens when
+KV blocks run short is in `reclaim`. Runs in the EngineCore process.
 """
 
-from collections.abc import Iterator
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.request import Request
 
 from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds
+from vllm_specbranch.metrics import SchedulerCounters
+from vllm_specbranch.reclaim import BlockReclaimer, StepLimits, why_not
+from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
+
+logger = logging.getLogger("vllm.specbranch.scheduler")
 
 
 @dataclass
@@ -24,10 +28,12 @@ class SpecBranchSchedulerOutput(SchedulerOutput):
     Attributes:
         num_waiting_requests: requests that wait to be scheduled. While there are any, the draft server does not delay a step.
         draft_distributions: by request id, of the sampled draft tokens that this step verifies.
+        scheduler_status: whether blocks are reclaimed, and the counters since the start; the workers answer questions about them.
     """
 
     num_waiting_requests: int = 0
     draft_distributions: dict[str, ChunkDistributions] = field(default_factory=dict)
+    scheduler_status: dict[str, int | str] = field(default_factory=dict)
 
 
 class SpecBranchScheduler(Scheduler):
@@ -36,51 +42,56 @@ class SpecBranchScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._draft_distributions: dict[str, ChunkDistributions] = {}
+        self._counters = SchedulerCounters()
+        self._reclaim_blocks = self._whether_to_reclaim()
+        self._reclaimer = BlockReclaimer(
+            self.kv_cache_manager,
+            self._counters,
+            StepLimits(self.num_spec_tokens, self.num_lookahead_tokens, self.max_num_scheduled_tokens),
+            may_reclaim=self._reclaim_blocks == "on",
+        )
+
+    def _whether_to_reclaim(self) -> str:
+        """Return "on", or "off" and why."""
+        speculative = self.vllm_config.speculative_config
+        assert isinstance(speculative, SpecBranchSpeculativeConfig)
+        if not speculative.specbranch.reclaim_blocks:
+            return "off"
+        reason = why_not(self)
+        if reason is None:
+            return "on"
+        logger.info("reclaim_blocks is off: %s.", reason)
+        return f"off: {reason}"
 
     def schedule(self, throttle_prefills: bool = False) -> SpecBranchSchedulerOutput:
         """Schedule as vLLM does; tell the workers how many requests wait, and what their draft tokens were drawn from."""
-        self._trim_drafts()
+        self._make_room()
         output = super().schedule(throttle_prefills)
+        self._reclaimer.resend(output.scheduled_cached_reqs, self.requests)
+        self._counters.num_preemptions += len(output.preempted_req_ids or ())
         _, num_waiting = self.get_request_counts()
         return SpecBranchSchedulerOutput(
             **vars(output),
             num_waiting_requests=num_waiting,
             draft_distributions=self._distributions_of(output),
+            scheduler_status={"reclaim_blocks": self._reclaim_blocks, **self._counters.as_dict()},
         )
 
-    def _trim_drafts(self) -> None:
-        """When KV blocks run short, cut every chunk to the slots that its request already holds.
+    def _make_room(self) -> None:
+        """When KV blocks run short, take back what can be, and cut chunks to what their requests hold or can be given.
 
         vLLM would preempt a request for the blocks of draft tokens, and drop the preempted one's drafts. With chunks of different
         lengths that is lossy: whether a token is verified would depend on how long a chunk was drawn after it (rule 2 of the
         design, section 3). Room and condition here do not look at the chunk that they cut.
         """
-        drafted = [request for request in self.running if request.spec_token_ids]
-        if not drafted:
+        rooms = self._reclaimer.make_room(self.running)
+        if rooms is None:
             return
-        most = self.num_spec_tokens + self.num_lookahead_tokens
-        num_wanted = sum(self._num_missing_blocks(request, most) for request in self.running)
-        if num_wanted <= self.kv_cache_manager.block_pool.get_num_free_blocks():
-            return
-        for request in drafted:
-            room = max(0, self._num_slots(request) - request.num_tokens - self.num_lookahead_tokens)
-            if room < len(request.spec_token_ids):
-                request.spec_token_ids = request.spec_token_ids[:room]
-
-    def _block_counts(self, request: Request) -> Iterator[tuple[int, int]]:
-        """(blocks held, block size) per KV cache group."""
-        groups = self.kv_cache_config.kv_cache_groups
-        tables = self.kv_cache_manager.get_blocks(request.request_id).blocks
-        for group, table in zip(groups, tables, strict=True):
-            yield len(table), group.kv_cache_spec.block_size
-
-    def _num_slots(self, request: Request) -> int:
-        return min(count * size for count, size in self._block_counts(request))
-
-    def _num_missing_blocks(self, request: Request, num_more: int) -> int:
-        """Blocks that a running request needs for its committed tokens and `num_more` draft tokens, beyond those it holds."""
-        num_tokens = request.num_tokens + num_more
-        return sum(max(0, -(-num_tokens // size) - count) for count, size in self._block_counts(request))
+        for request in self.running:
+            num_cut = len(request.spec_token_ids) - rooms[request.request_id]
+            if num_cut > 0:
+                request.spec_token_ids = request.spec_token_ids[:-num_cut]
+                self._counters.num_cut_draft_tokens += num_cut
 
     def _distributions_of(self, output: SchedulerOutput) -> dict[str, ChunkDistributions]:
         """Of the draft tokens that a step verifies, those whose distributions are known and belong to just these tokens."""

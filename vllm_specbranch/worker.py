@@ -5,6 +5,8 @@ worker process.
 """
 
 import sys
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from vllm.platforms import current_platform
@@ -14,6 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_specbranch.plugin import apply_worker_patches
 from vllm_specbranch.proposer import Proposer
+from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
 
 # The server starts together with the target; this bounds how long a slow one delays the engine's start.
 START_TIMEOUT_S = 180.0
@@ -32,6 +35,7 @@ class _SpecBranchWorker(_Base):
     """What both workers add to vLLM's; comes before it in the order of base classes."""
 
     model_runner: Any
+    _scheduler_status: Mapping[str, int | str] = MappingProxyType({})
 
     @property
     def _proposer(self) -> Proposer | None:
@@ -57,6 +61,8 @@ class _SpecBranchWorker(_Base):
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
         """Tell the draft server what begins and what has ended, then run the target."""
+        if isinstance(scheduler_output, SpecBranchSchedulerOutput):
+            self._scheduler_status = scheduler_output.scheduler_status
         if self._proposer is not None:
             self._proposer.begin_step(scheduler_output)
         return super().execute_model(scheduler_output)
@@ -68,8 +74,13 @@ class _SpecBranchWorker(_Base):
         return super().take_draft_token_ids()
 
     def specbranch_status(self) -> dict[str, Any]:
-        """Counters and state of both sides; for `collective_rpc("specbranch_status")`. Empty on ranks without a proposer."""
-        return self._proposer.status() if self._proposer is not None else {}
+        """Counters and state of all sides; for `collective_rpc("specbranch_status")`. Empty on ranks that draft for nobody.
+
+        `scheduler` is how the engine core's scheduler stood at the last step: it reports with each, since it runs in another
+        process that answers no calls.
+        """
+        status = self._proposer.status() if self._proposer is not None else {}
+        return status | {"scheduler": dict(self._scheduler_status)} if status else {}
 
     def shutdown(self) -> None:
         """End the draft server with the worker."""

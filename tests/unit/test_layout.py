@@ -115,7 +115,8 @@ ROOMS = {
         "torch",
     ),
     "report": room("measure_messages metrics"),
-    "scheduler": room("config draft_distributions errors metrics", "vllm"),
+    "reclaim": room("metrics", "vllm"),
+    "scheduler": room("config draft_distributions errors metrics reclaim speculative_config", "vllm"),
     "scorer": room("draft_distributions errors metrics", "numpy torch vllm"),
     "shipped_pair": room(),
     "speculative_config": room("config draft_check errors", "pydantic vllm"),
@@ -126,7 +127,7 @@ ROOMS = {
     "tune": ANYTHING,
     "tune_measure": room("measure_messages replay"),
     "tune_search": room(),
-    "worker": room("errors plugin proposer", "vllm"),
+    "worker": room("errors plugin proposer scheduler", "vllm"),
     "zmq_port": room("addresses errors keys rates", "zmq"),
 }
 PATCH_ROOM = room("config errors patching plugin proposer speculative_config", "torch vllm")

@@ -1,4 +1,4 @@
-"""What our scheduler adds to vLLM's: distributions that wait for their tokens, and chunks cut to the room there is."""
+"""What our scheduler adds to vLLM's: distributions that wait for their tokens. (Chunks cut to the room there is: test_reclaim.)"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,13 +9,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds
+from vllm_specbranch.metrics import SchedulerCounters
 from vllm_specbranch.scheduler import SpecBranchScheduler
 
-BLOCK_SIZE = 16
 
-
-def request(name: str, num_tokens: int, drafts: list[int] | None = None, num_blocks: int = 1) -> Any:
-    return SimpleNamespace(request_id=name, num_tokens=num_tokens, spec_token_ids=drafts or [], num_blocks=num_blocks)
+def request(name: str, num_tokens: int) -> Any:
+    return SimpleNamespace(request_id=name, num_tokens=num_tokens, spec_token_ids=[])
 
 
 @pytest.fixture
@@ -23,25 +22,20 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Ours, with vLLM's part replaced: `next_output` is what it schedules, updates do nothing."""
     ours: Any = SpecBranchScheduler.__new__(SpecBranchScheduler)
     ours._draft_distributions = {}
+    ours._counters = SchedulerCounters()
+    ours._reclaim_blocks = "on"
+    ours._reclaimer = SimpleNamespace(make_room=lambda running: None, resend=lambda scheduled, requests: None)
     ours.requests = {}
     ours.running = []
-    ours.num_spec_tokens = 8
-    ours.num_lookahead_tokens = 0
-    ours.kv_cache_config = SimpleNamespace(
-        kv_cache_groups=[SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK_SIZE))]
-    )
-    ours.kv_cache_manager = SimpleNamespace(
-        get_blocks=lambda name: SimpleNamespace(blocks=([0] * ours.requests[name].num_blocks,)),
-        block_pool=SimpleNamespace(get_num_free_blocks=lambda: ours.num_free),
-    )
-    ours.num_free = 100
     monkeypatch.setattr(Scheduler, "schedule", lambda self, throttle: self.next_output)
     monkeypatch.setattr(Scheduler, "update_draft_token_ids", lambda self, drafts: None)
     monkeypatch.setattr(Scheduler, "get_request_counts", lambda self: (len(self.running), 3))
     return ours
 
 
-def step(scheduler: Any, scheduled: dict[str, list[int]], finished: set[str] | None = None) -> Any:
+def step(
+    scheduler: Any, scheduled: dict[str, list[int]], finished: set[str] | None = None, preempted: set[str] | None = None
+) -> Any:
     scheduler.next_output = SchedulerOutput(
         scheduled_new_reqs=[],
         scheduled_cached_reqs=CachedRequestData.make_empty(),
@@ -51,6 +45,7 @@ def step(scheduler: Any, scheduled: dict[str, list[int]], finished: set[str] | N
         scheduled_encoder_inputs={},
         num_common_prefix_blocks=[],
         finished_req_ids=finished or set(),
+        preempted_req_ids=preempted,
         free_encoder_mm_hashes=[],
     )
     return scheduler.schedule()
@@ -106,36 +101,7 @@ def test_drafts_of_vllm_s_own_kind_pass_through(scheduler: Any) -> None:
     assert step(scheduler, {"a": [1]}).draft_distributions == {}
 
 
-def test_with_blocks_to_spare_chunks_are_left_alone(scheduler: Any) -> None:
-    one = request("a", 15, [1, 2, 3, 4])
-    run(scheduler, one)
-    scheduler.num_free = 1
-    step(scheduler, {})
-    assert one.spec_token_ids == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("num_tokens", "num_blocks", "room"), [(15, 1, 1), (16, 1, 0), (17, 1, 0), (10, 1, 6), (17, 2, 15)]
-)
-def test_without_chunks_are_cut_to_the_slots_that_their_request_holds(
-    scheduler: Any, num_tokens: int, num_blocks: int, room: int
-) -> None:
-    """Whatever their own length: condition and room do not look at it (rule 2)."""
-    for length in range(1, 9):
-        one = request("a", num_tokens, list(range(length)), num_blocks)
-        # Another request, without drafts now, could need a block as well.
-        run(scheduler, one, request("b", 16, None, 1))
-        scheduler.num_free = 0
-        step(scheduler, {})
-        assert one.spec_token_ids == list(range(min(length, room)))
-
-
-def test_every_kv_cache_group_counts(scheduler: Any) -> None:
-    small = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=4))
-    scheduler.kv_cache_config.kv_cache_groups.append(small)
-    scheduler.kv_cache_manager.get_blocks = lambda name: SimpleNamespace(blocks=([0], [0, 0, 0]))
-    one = request("a", 10, [1, 2, 3, 4])
-    run(scheduler, one)
-    scheduler.num_free = 2
-    step(scheduler, {})
-    assert one.spec_token_ids == [1, 2], "12 slots in the smaller group"
+def test_each_step_reports_whether_blocks_are_reclaimed_and_what_was_counted(scheduler: Any) -> None:
+    step(scheduler, {}, preempted={"a", "b"})
+    status = step(scheduler, {}, preempted={"a"}).scheduler_status
+    assert status == {"reclaim_blocks": "on"} | SchedulerCounters(num_preemptions=3).as_dict()
