@@ -34,8 +34,13 @@ from vllm_specbranch.measure_messages import (
 )
 from vllm_specbranch.observed_engine import Observation, ObservedEngine
 
-_VLLM_COUNTERS = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
-_ACCEPTED_BY_POSITION = "num_accepted_tokens_per_pos"
+_VLLM_COUNTERS = {
+    "vllm:spec_decode_num_drafts": "num_drafts",
+    "vllm:spec_decode_num_draft_tokens": "num_draft_tokens",
+    "vllm:spec_decode_num_accepted_tokens": "num_accepted_tokens",
+    "vllm:num_preemptions": "num_preemptions",
+}
+_ACCEPTED_BY_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 # A maximum since the start, not a count.
 _NOT_COUNTED = ("longest_wait_s",)
 
@@ -64,6 +69,7 @@ class Counters:
         if hasattr(self._worker(), "specbranch_status"):
             (status,) = self._llm.collective_rpc("specbranch_status")
         engine = {name: value for name, value in status.get("engine", {}).items() if name not in _NOT_COUNTED}
+        engine |= {name: value for name, value in status.get("scheduler", {}).items() if not isinstance(value, str)}
         own, accepted = self._vllm_counters()
         return Reading(
             engine=engine,
@@ -80,12 +86,11 @@ class Counters:
 
     def _vllm_counters(self) -> tuple[dict[str, int], list[int]]:
         """Return (the counters by name, accepted draft tokens by position)."""
-        totals, accepted = dict.fromkeys(_VLLM_COUNTERS, 0), []
+        totals, accepted = dict.fromkeys(_VLLM_COUNTERS.values(), 0), []
         for metric in self._llm.get_metrics():
-            name = metric.name.removeprefix("vllm:spec_decode_")
-            if name in totals:
-                totals[name] += metric.value
-            elif name == _ACCEPTED_BY_POSITION:
+            if metric.name in _VLLM_COUNTERS:
+                totals[_VLLM_COUNTERS[metric.name]] += metric.value
+            elif metric.name == _ACCEPTED_BY_POSITION:
                 accepted = list(metric.values)
         return totals, accepted
 

@@ -158,13 +158,15 @@ class RunResult(msgspec.Struct, tag=True, frozen=True):
         wall_s: from the first request given to the last output.
         num_steps: engine steps.
         requests: in the order of the prompts.
-        engine_counters, server_counters: what specbranch counted during this run; empty for other methods.
+        engine_counters, server_counters: what specbranch counted during this run, its scheduler's among the engine's; empty for
+            other methods.
         server_timings_us: running means of the draft server after this run; empty for other methods.
         target_forwards, draft_forwards: of an engine that is observed, by their start; the draft's are those of the draft
             server, or of vLLM's `draft_model`.
         num_overruns: of these, how many lasted longer than 1.1 times their emulated duration; 0 without emulation.
         accepted_by_position, drafted_by_position: draft tokens accepted, and verified, at each place of the chunk.
         num_drafts, num_draft_tokens, num_accepted_tokens: vLLM's own counters of speculative decoding during this run.
+        num_preemptions: vLLM's own count of requests that lost their KV blocks during this run.
     """
 
     wall_s: float
@@ -181,6 +183,7 @@ class RunResult(msgspec.Struct, tag=True, frozen=True):
     num_drafts: int = 0
     num_draft_tokens: int = 0
     num_accepted_tokens: int = 0
+    num_preemptions: int = 0
 
     @property
     def num_tokens(self) -> int:
