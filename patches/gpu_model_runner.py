@@ -1,4 +1,4 @@
-"""Hooks into vLLM's V1 model runner: the draft distributions that verification uses; and a bug of its CPU use.
+"""Hooks into vLLM's V1 model runner: the draft distributions that verification uses, the target's hidden states, a bug on CPUs.
 
 The bug: a request with a seed whose prompt is prefilled in chunks ends the engine. After each chunk but the last vLLM
 throws the sampled token away and turns the request's random generator back (`set_offset`), which generators on a CPU
@@ -25,6 +25,41 @@ def _ask_scorer(original: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return _get_spec_decode_draft_probs
+
+
+def _hand_over_hidden_states(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def propose_draft_token_ids(
+        self: Any,
+        scheduler_output: Any,
+        sampled_token_ids: Any,
+        sampling_metadata: Any,
+        hidden_states: Any,
+        sample_hidden_states: Any,
+        aux_hidden_states: Any,
+        spec_decode_metadata: Any,
+        *rest: Any,
+    ) -> Any:
+        from vllm_specbranch.proposer import Proposer
+
+        if aux_hidden_states is not None and isinstance(self.drafter, Proposer):
+            num_draft_tokens = spec_decode_metadata.num_draft_tokens if spec_decode_metadata is not None else None
+            self.drafter.take_hidden_states(
+                scheduler_output.num_scheduled_tokens, num_draft_tokens, sampled_token_ids, aux_hidden_states
+            )
+        return original(
+            self,
+            scheduler_output,
+            sampled_token_ids,
+            sampling_metadata,
+            hidden_states,
+            sample_hidden_states,
+            aux_hidden_states,
+            spec_decode_metadata,
+            *rest,
+        )
+
+    return propose_draft_token_ids
 
 
 def _spare_generators(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,5 +99,14 @@ PATCHES = (
         remove_when="vLLM's `_bookkeeping_sync` leaves CPU generators alone or restores their state.",
         fingerprints={"0.32.0": "de9d8fe0b0e65a1635ba1c6c6a0ddfb5478257ae1cd2f17781ef9efe7947a961"},
         make=_spare_generators,
+    ),
+    Patch(
+        symbol="vllm.v1.worker.gpu_model_runner:GPUModelRunner.propose_draft_token_ids",
+        kind="wrap",
+        process="worker",
+        why="The length head reads the target's auxiliary hidden states, which vLLM hands to its own proposers only.",
+        remove_when="vLLM's custom proposers are given the auxiliary hidden states.",
+        fingerprints={"0.32.0": "980d46e41814827a464046a8231ca3b7e379831b67def971483559f26065031f"},
+        make=_hand_over_hidden_states,
     ),
 )

@@ -71,7 +71,8 @@ class LengthHead(nn.Module):
     @property
     def num_features(self) -> int:
         """Size of z."""
-        return self.mean.numel()
+        size: int = self.mean.numel()
+        return size
 
     def standardise(self, mean: torch.Tensor, scale: torch.Tensor) -> None:
         """Set what is subtracted from each feature, and what the rest is divided by; `[num_features]` each, `scale` above 0."""
@@ -93,7 +94,8 @@ class LengthHead(nn.Module):
     def train(self, mode: bool = True) -> "LengthHead":
         """As in torch; what `freeze` prepared is forgotten."""
         self._folded = None
-        return super().train(mode)
+        super().train(mode)
+        return self
 
     def freeze(self) -> "LengthHead":
         """Prepare `classes`; to be called again after the head has moved to another device. Returns itself."""

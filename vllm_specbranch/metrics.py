@@ -5,7 +5,7 @@ Owns names and arithmetic only; nothing is exported from here. Names follow sect
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 
@@ -40,7 +40,7 @@ class EngineCounters:
     """What the proposer and the scorer count, in the target's worker.
 
     `num_sampled_draft_tokens` are draft tokens verified against the distribution they were drawn from, `num_sampled_outcomes` the
-    committed tokens that such a verification decided.
+    committed tokens that such a verification decided, `num_head_classes_0` to `_2` what the length head said after a round.
     """
 
     num_rounds: int = 0
@@ -61,6 +61,10 @@ class EngineCounters:
     wait_s: float = 0.0
     longest_wait_s: float = 0.0
     propose_s: float = 0.0
+    num_head_classes_0: int = 0
+    num_head_classes_1: int = 0
+    num_head_classes_2: int = 0
+    head_s: float = 0.0
     accepted_by_position: Counter[int] = field(default_factory=Counter)
     drafted_by_position: Counter[int] = field(default_factory=Counter)
 
@@ -73,6 +77,12 @@ class EngineCounters:
             self.drafted_by_position[position] += 1
         for position in range(num_accepted_tokens):
             self.accepted_by_position[position] += 1
+
+    def observe_classes(self, classes: Sequence[int]) -> None:
+        """Count what the length head said of some requests."""
+        self.num_head_classes_0 += classes.count(0)
+        self.num_head_classes_1 += classes.count(1)
+        self.num_head_classes_2 += classes.count(2)
 
     def as_dict(self) -> dict[str, float]:
         """Name to value for the scalar counters."""

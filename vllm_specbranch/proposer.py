@@ -14,12 +14,11 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.platforms import current_platform
@@ -38,6 +37,7 @@ from vllm_specbranch.placement import ServerProcess
 from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
 from vllm_specbranch.scorer import Scorer
 from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
+from vllm_specbranch.target_head import FeatureObserver, TargetHead
 
 logger = logging.getLogger("vllm.specbranch.proposer")
 
@@ -63,9 +63,6 @@ class _Runner(Protocol):
 
     input_batch: _InputBatch
 
-
-# Request ids, their numbers of committed tokens (the newest included), and their features `[n, num_features]` (`head_features`).
-FeatureObserver = Callable[[list[str], list[int], torch.Tensor], None]
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
@@ -123,7 +120,7 @@ class Proposer:
     Attributes:
         counters: of this engine.
         feature_observer: called once per step, before the commits go out, with what the length head sees; only where the target's
-            hidden states are taken (a head, or `head_layers`), on the output rank.
+            hidden states are taken (a trained head, or `head_layers`), on the output rank.
         draft_observer: called with each draft that goes to the scheduler, as it came. With `head_layers` it carries
             `top_probs`.
     """
@@ -140,6 +137,7 @@ class Proposer:
         self._vocab_size: int = vllm_config.model_config.get_vocab_size()
         self.counters = EngineCounters()
         self.scorer = Scorer(self.counters, self._vocab_size)
+        self._head = TargetHead(speculative.feature_layers, self._config.trained_head, self.counters)
         self.feature_observer: FeatureObserver | None = None
         self.draft_observer: Callable[[messages.Draft], None] | None = None
         self._runner: _Runner | None = None
@@ -204,6 +202,20 @@ class Proposer:
         """Take the model runner, whose batch order `propose` needs."""
         self._runner = runner
 
+    def load_head(self, runner: Any) -> None:
+        """Prepare a loaded target for the length head, on every rank; see `TargetHead.load`."""
+        self._head.load(runner, self._link is not None)
+
+    def take_hidden_states(
+        self,
+        num_scheduled: Mapping[str, int],
+        num_draft_tokens: Sequence[int] | None,
+        sampled: Sequence[Sequence[int]],
+        hidden_states: Sequence[Any],
+    ) -> None:
+        """Take the target's hidden states of this step; on every rank, whether or not we have given up. See `TargetHead.take`."""
+        self._head.take(num_scheduled, num_draft_tokens, sampled, hidden_states, self._link is not None)
+
     @_survives(lambda timeout_s: None)
     def wait_until_up(self, timeout_s: float) -> None:
         """Wait for the draft server while the engine starts, so that the first request is drafted for."""
@@ -264,6 +276,7 @@ class Proposer:
         opens: list[messages.Open] = []
         self._expected = {}
         request_ids = self._runner.input_batch.req_ids
+        classes = self._head.classes(request_ids, sampled_token_ids, num_tokens_no_spec, self.feature_observer)
         for row, tokens in enumerate(sampled_token_ids):
             if not tokens:
                 self._may_wait = False
@@ -273,10 +286,9 @@ class Proposer:
             if not self._link.is_up or num_tokens >= self._link.draft_max_model_len:
                 continue
             if request_id in self._known:
-                num_draft_tokens = self.scorer.num_scheduled(request_id)
-                commits.append(
-                    messages.Commit(request_id, num_tokens - len(tokens), list(tokens), num_draft_tokens, None)
-                )
+                position, num_draft_tokens = num_tokens - len(tokens), self.scorer.num_scheduled(request_id)
+                head_class = classes.get(request_id)
+                commits.append(messages.Commit(request_id, position, list(tokens), num_draft_tokens, head_class))
                 self._expected[request_id] = num_tokens
             elif request_id not in self._undraftable:
                 sampling = self._sampling.get(request_id)

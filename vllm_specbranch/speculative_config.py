@@ -5,6 +5,7 @@ scheduler class). Does not own the settings themselves (`config`). Runs where en
 frontend, and each API server process; the classes are unpickled in every process.
 """
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm_specbranch.config import METHOD, SpecBranchConfig, load_bare_word_settings
 from vllm_specbranch.draft_check import DraftModelSpec, check_draft_model
 from vllm_specbranch.errors import ConfigError
+from vllm_specbranch.head_check import feature_layers
 
 logger = logging.getLogger("vllm.specbranch.speculative_config")
 
@@ -30,16 +32,24 @@ GPU_WORKER = "vllm_specbranch.worker.SpecBranchGPUWorker"
 
 @config
 class SpecBranchSpeculativeConfig(SpeculativeConfig):
-    """vLLM's speculative config with ours inside. At rest vLLM sees the method `custom_class` with our proposer.
-
-    `compute_hash` is the inherited one: it stands for the target's graph, and nothing of ours changes that graph. (It
-    will need an override once hidden states of the target are used: upstream counts them for its own methods only.)
-    """
+    """vLLM's speculative config with ours inside. At rest vLLM sees the method `custom_class` with our proposer."""
 
     specbranch: InstanceOf[SpecBranchConfig] = None  # type: ignore[assignment]
     """The validated settings. The default is for the dataclass only: `build_speculative_config` always gives it."""
     draft: InstanceOf[DraftModelSpec] = None  # type: ignore[assignment]
     """The draft model as the draft server has to load it."""
+    feature_layers: tuple[int, ...] = ()
+    """After which layers the target's forward returns its hidden states, for the length head; none without one."""
+
+    def compute_hash(self) -> str:
+        """Upstream's, which stands for the target's graph and names the compiled one, and the hidden states that the graph returns.
+
+        Upstream counts these for its own methods only.
+        """
+        upstream: str = super().compute_hash()
+        if not self.feature_layers:
+            return upstream
+        return hashlib.sha256(f"{upstream} hidden states after {self.feature_layers}".encode()).hexdigest()
 
     def __repr__(self) -> str:
         return f"SpecBranchSpeculativeConfig({self.specbranch!r}, {self.draft!r})"
@@ -65,6 +75,7 @@ def build_speculative_config(
     _check_engine(engine_args, target_parallel_config)
     settings = _place_on_device(settings, target_parallel_config)
     draft = check_draft_model(settings, target_model_config, str(engine_args.load_format))
+    layers = feature_layers(settings, target_model_config, draft)
     if draft.max_model_len < target_model_config.max_model_len:
         logger.info(
             "The draft model takes %d tokens, the target %d: requests beyond %d tokens are decoded without drafts.",
@@ -82,6 +93,7 @@ def build_speculative_config(
         target_parallel_config=target_parallel_config,
         specbranch=settings,
         draft=draft,
+        feature_layers=layers,
     )
 
 

@@ -52,6 +52,12 @@ class _SpecBranchWorker(_Base):
             # limit, per request.
             self.model_runner.effective_drafter_max_model_len = sys.maxsize
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the target, then ask it for what the length head needs, before it first runs."""
+        super().load_model(*args, **kwargs)
+        if self._proposer is not None:
+            self._proposer.load_head(self.model_runner)
+
     def compile_or_warm_up_model(self) -> Any:
         """The last step of the start: by then the draft server has had the whole start-up time to load."""
         times = super().compile_or_warm_up_model()

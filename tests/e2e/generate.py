@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from tests.e2e.head_probe import change_head, watch_features, watched_features
+
 
 def main() -> None:
     spec = json.load(sys.stdin)
@@ -58,6 +60,10 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     answers: list[list[int]] = []
     if job.get("with_ranks"):
         llm.collective_rpc(record_verification)
+    if job.get("head"):
+        llm.collective_rpc(change_head, args=(job["head"],))
+    if job.get("with_features"):
+        llm.collective_rpc(watch_features)
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if job.get("busy") else None
     disturbance = Disturbance(llm, job["disturb"]) if "disturb" in job else None
     started_s = time.perf_counter()
@@ -77,6 +83,8 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         time.sleep(job["disturb"].get("then_wait_s", 0.0))
     if job.get("with_ranks"):
         result["verified_by_rank"] = llm.collective_rpc(verified_by_rank)
+    if job.get("with_features"):
+        result["features"] = llm.collective_rpc(watched_features)
     if job.get("with_status"):
         result["status"] = llm.collective_rpc("specbranch_status")[0]
     return result

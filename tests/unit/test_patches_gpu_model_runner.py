@@ -44,6 +44,28 @@ def test_other_drafters_keep_vllm_s_way() -> None:
     assert hook(other, "metadata") == ("vLLM", other, "metadata")
 
 
+def propose(drafter: object, aux_hidden_states: object, metadata: object) -> tuple[object, ...]:
+    """Run the wrapped `propose_draft_token_ids` as vLLM's `sample_tokens` does; returns what the original got."""
+    own = SimpleNamespace(drafter=drafter)
+    scheduled = SimpleNamespace(num_scheduled_tokens={"a": 3})
+    given = (scheduled, [[1]], "sampling", "hidden", "sample hidden", aux_hidden_states, metadata, "common", "slots")
+    got = gpu_model_runner.PATCHES[2].make(lambda *arguments: arguments)(own, *given)
+    assert got == (own, *given)
+    return got
+
+
+def test_hidden_states_go_to_our_proposer_and_vllm_proposes_as_always() -> None:
+    taken: list[tuple[object, ...]] = []
+    ours = FakeProposer()
+    ours.take_hidden_states = lambda *given: taken.append(given)  # type: ignore[attr-defined]
+    propose(ours, ["layer"], SimpleNamespace(num_draft_tokens=[2]))
+    propose(ours, ["layer"], None)
+    assert taken == [({"a": 3}, [2], [[1]], ["layer"]), ({"a": 3}, None, [[1]], ["layer"])]
+    propose(ours, None, None)
+    propose(object(), ["layer"], None)
+    assert len(taken) == 2, "without hidden states, or with another proposer, nothing is taken"
+
+
 class OffsetlessGenerator:
     """A CPU generator, as far as vLLM's bookkeeping is concerned."""
 

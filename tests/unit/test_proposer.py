@@ -161,6 +161,56 @@ def test_a_request_from_open_to_close(bench: Bench) -> None:
     assert bench.line.take() == [messages.StepBegin([], ["a"])]
 
 
+@dataclass
+class ScriptedHead:
+    """A `TargetHead` that says what it is told to."""
+
+    says: dict[str, int]
+    line: Line
+    breaks: bool = False
+
+    def classes(
+        self, request_ids: Sequence[str], sampled: Sequence[Sequence[int]], num_tokens: Sequence[int], observer: Any
+    ) -> dict[str, int]:
+        if self.breaks:
+            raise RuntimeError("a bug of ours")
+        assert not any(isinstance(one, messages.CommitBatch) for one in self.line.sent), "before the commits go out"
+        if observer is not None:
+            observer(list(request_ids), [int(one) for one in num_tokens], None)
+        return self.says
+
+
+def test_the_class_of_a_request_rides_on_its_commit(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.proposer, "_head", ScriptedHead({"a": 2, "c": 0}, bench.line))
+    seen: list[Any] = []
+    bench.proposer.feature_observer = lambda *given: seen.append(given)
+    bench.begin({"a": [1, 2, 3], "b": [1], "c": [2]})
+    bench.propose({"a": [4], "b": [5], "c": [6]})
+    batch = bench.line.take()[-1]
+    assert isinstance(batch, messages.CommitBatch)
+    assert [(one.request_id, one.head_class) for one in batch.commits] == [("a", 2), ("b", None), ("c", 0)]
+    assert seen == [(["a", "b", "c"], [4, 2, 2], None)]
+
+
+def test_a_head_that_fails_ends_drafting_not_the_engine(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.proposer, "_head", ScriptedHead({}, bench.line, breaks=True))
+    bench.begin({"a": [1, 2, 3]})
+    assert bench.propose({"a": [4]}) == [[]]
+    assert bench.line.is_closed
+
+
+def test_each_draft_is_shown_to_who_watches(bench: Bench) -> None:
+    seen: list[messages.Draft] = []
+    bench.proposer.draft_observer = seen.append
+    bench.begin({"a": [1], "b": [2]})
+    bench.propose({"a": [4], "b": [4]})
+    shown = messages.Draft("a", 2, [6, 8], True, b"", b"", [0.5, 0.25])
+    stale = messages.Draft("b", 1, [6], True, b"", b"", [0.5])
+    bench.line.replies = [messages.DraftBatch(1, True, [shown, stale], [])]
+    bench.proposer.take_draft_token_ids()
+    assert seen == [shown], "only what goes to the scheduler"
+
+
 def test_drafts_for_another_position_request_or_vocabulary_are_dropped_and_long_ones_cut(bench: Bench) -> None:
     bench.begin({"a": [1], "b": [1, 2], "c": [1, 2, 3]})
     bench.propose({"a": [4], "b": [4], "c": [4]})

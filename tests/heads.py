@@ -1,0 +1,58 @@
+"""Length heads for tests: saved ones that always say the same class, and ones that say any."""
+
+from pathlib import Path
+from typing import Any
+
+from tests.model_paths import DRAFT, TARGET
+
+KINDS = ("0", "1", "2", "random")
+HIDDEN_SIZE = 256
+NUM_TARGET_LAYERS = 6
+
+
+def make_head(folder: Path, kind: str, *, num_layers: int = 4, gamma: int = 8, **changes: Any) -> str:
+    """Write a head for the shipped pair and return its folder.
+
+    Args:
+        folder: where to.
+        kind: the class that it always says, or `random`: random weights, whose classes come in no order.
+        num_layers: K.
+        gamma: draft tokens of a chunk.
+        changes: other fields of its description.
+    """
+    import torch
+
+    from vllm_specbranch.length_head import HeadSpec, LengthHead, model_identity, save_head, target_layers
+
+    num_features = (num_layers + 1) * HIDDEN_SIZE
+    torch.manual_seed(0)
+    head = LengthHead(num_features)
+    last: Any = head.layers[-1]
+    with torch.no_grad():
+        last.bias.zero_()
+        if kind == "random":
+            # The three outputs of random weights have means of their own, which would decide; weights of sum zero have less of it.
+            last.weight.normal_()
+            last.weight.sub_(last.weight.mean(dim=1, keepdim=True))
+        else:
+            last.weight.zero_()
+            last.bias[int(kind)] = 1.0
+    fields: dict[str, Any] = {
+        "num_features": num_features,
+        "hidden_size": HIDDEN_SIZE,
+        "embedding_size": HIDDEN_SIZE,
+        "num_target_layers": NUM_TARGET_LAYERS,
+        "layers": target_layers(NUM_TARGET_LAYERS, num_layers),
+        "gamma": gamma,
+        "epsilon": 0.3,
+        "target": TARGET,
+        "draft": DRAFT,
+        "target_identity": model_identity(TARGET),
+        "draft_identity": model_identity(DRAFT),
+        "label_counts": (1, 1, 1),
+        "validation": {},
+        "seed": 0,
+        "prompts": "none",
+    }
+    save_head(folder, head, HeadSpec(**fields | changes))
+    return str(folder)
