@@ -1,8 +1,8 @@
 """Sampled: the same distribution as plain vLLM, counted on real engines (the guarantee of the design's section 3).
 
 Two samples of answers, one from plain vLLM and one from specbranch, are compared by the chi-squared test of homogeneity. Cells with
-an expected count under 5 are merged. Each comparison is rejected below a p-value of 1e-4, so with the ten comparisons here a
-faultless implementation would be accused with probability 0.001. How small a fault would be noticed is the first test's matter.
+an expected count under 5 are merged. Each comparison is rejected below a p-value of 1e-4, so with the dozen comparisons here a
+faultless implementation would be accused with probability 0.0012. How small a fault would be noticed is the first test's matter.
 Every request has its own seed, and where `deterministic` is set the whole test says the same at every run.
 """
 
@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import RunEngine
+from tests.heads import make_head
 from tests.tiny_pair import make_tiny_pair
 
 NUM_SEQUENCES = 4096
 LEAST_EXPECTED = 5.0
 LEAST_P_VALUE = 1e-4
 LEAST_SAMPLED_SHARE = 0.8
+# A head that says anything keeps many chunks empty.
+LEAST_SAMPLED_SHARE_WITH_HEAD = 0.1
 PROMPT = [3, 7, 11, 2]
 CASES: dict[str, dict[str, float]] = {
     "temperature 0.5": {"temperature": 0.5},
@@ -29,6 +32,7 @@ CASES: dict[str, dict[str, float]] = {
     "temperature 1.5": {"temperature": 1.5},
     "temperature 1.5, top_p 0.8, top_k 6": {"temperature": 1.5, "top_p": 0.8, "top_k": 6},
 }
+HEAD_CASES = ("temperature 0.5", "temperature 1.5, top_p 0.8, top_k 6")
 
 
 def p_value(first: Iterable[Hashable], second: Iterable[Hashable]) -> float:
@@ -99,10 +103,33 @@ def sampled_share(status: dict[str, Any], before: dict[str, Any] | None) -> floa
     return count("num_sampled_outcomes") / num_committed
 
 
-def test_joint_distribution_of_three_tokens(run_engine: RunEngine, tiny_pair: tuple[str, str]) -> None:
+TINY_ENGINE: dict[str, Any] = {
+    "max_model_len": 64,
+    "max_num_seqs": 64,
+    "skip_tokenizer_init": True,
+    "in_process": True,
+}
+
+
+@pytest.fixture(scope="module")
+def plain_samples(run_engine: RunEngine, tiny_pair: tuple[str, str]) -> dict[str, list[list[int]]]:
+    """Plain vLLM's answers by case."""
+    plain_jobs = [{**job, "with_status": False} for job in jobs(CASES.values(), PROMPT, NUM_SEQUENCES, 1)]
+    done = run_engine(plain_jobs, model=tiny_pair[0], **TINY_ENGINE)["jobs"]
+    return {name: job["answers"] for name, job in zip(CASES, done, strict=True)}
+
+
+@pytest.mark.parametrize("with_head", [False, True], ids=["no head", "a head that says anything"])
+def test_joint_distribution_of_three_tokens(
+    run_engine: RunEngine,
+    tiny_pair: tuple[str, str],
+    plain_samples: dict[str, list[list[int]]],
+    tmp_path: Path,
+    with_head: bool,
+) -> None:
     target, draft = tiny_pair
-    engine = {"model": target, "max_model_len": 64, "max_num_seqs": 64, "skip_tokenizer_init": True, "in_process": True}
-    speculative = {
+    cases = HEAD_CASES if with_head else tuple(CASES)
+    speculative: dict[str, Any] = {
         "model": draft,
         "num_speculative_tokens": 3,
         "max_branches": 2,
@@ -111,23 +138,29 @@ def test_joint_distribution_of_three_tokens(run_engine: RunEngine, tiny_pair: tu
         "draft_top_m": 8,
         "deterministic": True,
     }
-    plain_jobs = [{**job, "with_status": False} for job in jobs(CASES.values(), PROMPT, NUM_SEQUENCES, 1)]
-    plain = run_engine(plain_jobs, **engine)
-    ours = run_engine(jobs(CASES.values(), PROMPT, NUM_SEQUENCES, 10**6), speculative=speculative, **engine)
+    if with_head:
+        sizes = {"hidden_size": 64, "num_target_layers": 2, "num_layers": 2}
+        speculative["length_head"] = make_head(tmp_path / "head", "random", pair=tiny_pair, gamma=3, **sizes)
+    sampled_jobs = jobs([CASES[name] for name in cases], PROMPT, NUM_SEQUENCES, 10**6)
+    ours = run_engine(sampled_jobs, speculative=speculative, model=target, **TINY_ENGINE)
     before = None
     found = {}
-    for name, reference, done in zip(CASES, plain["jobs"], ours["jobs"], strict=True):
+    for name, done in zip(cases, ours["jobs"], strict=True):
         share = sampled_share(done["status"], before)
         before = done["status"]
-        assert share >= LEAST_SAMPLED_SHARE, f"{name}: only {share:.0%} verified a sampled draft"
+        least = LEAST_SAMPLED_SHARE_WITH_HEAD if with_head else LEAST_SAMPLED_SHARE
+        assert share >= least, f"{name}: only {share:.0%} verified a sampled draft"
         found[name] = p_value(
-            (tuple(answer[1:]) for answer in reference["answers"]), (tuple(answer[1:]) for answer in done["answers"])
+            (tuple(answer[1:]) for answer in plain_samples[name]), (tuple(answer[1:]) for answer in done["answers"])
         )
         print(f"{name}: p = {found[name]:.4f}, {share:.0%} of the tokens verified a sampled draft")
     assert all(value > LEAST_P_VALUE for value in found.values()), found
     assert before is not None
     assert before["engine"]["num_unsound_distributions"] == 0
     assert before["engine"]["num_foreign_drafts"] == 0
+    classes = [before["engine"][f"num_head_classes_{one}"] for one in range(3)]
+    print(f"classes: {classes}")
+    assert min(classes) > 0 if with_head else classes == [0, 0, 0]
 
 
 @pytest.mark.long
