@@ -34,7 +34,13 @@ VOCAB_SIZE = 100
 NULL_BLOCK = 0
 
 
-def make_config(block_size: int, gamma: int, max_num_batched_tokens: int, **speculative: object) -> VllmConfig:
+def make_config(
+    block_size: int,
+    gamma: int,
+    max_num_batched_tokens: int,
+    kv_transfer_config: dict[str, object] | None = None,
+    **speculative: object,
+) -> VllmConfig:
     """Engine config of the shipped pair with small limits."""
     there = [patch for patch in arg_utils.PATCHES if patching.is_applied(patch)]
     patching.apply(arg_utils.PATCHES, "0.32.0")
@@ -45,6 +51,7 @@ def make_config(block_size: int, gamma: int, max_num_batched_tokens: int, **spec
             max_model_len=MAX_MODEL_LEN,
             max_num_seqs=MAX_NUM_SEQS,
             max_num_batched_tokens=max_num_batched_tokens,
+            kv_transfer_config=kv_transfer_config,
             speculative_config={
                 "method": "specbranch",
                 "model": DRAFT,

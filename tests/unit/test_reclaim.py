@@ -1,5 +1,8 @@
 """Blocks that only rejected drafts had needed: who gives them up, when, and what the workers are told. On vLLM's real classes."""
 
+import itertools
+import logging
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,6 +94,15 @@ def test_spare_blocks_go_to_chunks_in_order_when_they_can_be_taken_back(config: 
     engine = engine_with(config, 15, 14, 13, num_free=2)
     assert chunks(engine, GAMMA, GAMMA, GAMMA) == [GAMMA, GAMMA, 3]
     assert (status(engine)["num_short_steps"], status(engine)["num_cut_draft_tokens"]) == (1, GAMMA - 3)
+
+
+@pytest.mark.parametrize("num_free", range(4))
+def test_who_gets_a_block_does_not_depend_on_anybody_s_chunk(config: VllmConfig, num_free: int) -> None:
+    """Rule 2 of the design, also for blocks that are given: the room is what a full chunk would get."""
+    rooms = chunks(engine_with(config, 15, 14, 13, num_free=num_free), GAMMA, GAMMA, GAMMA)
+    for lengths in itertools.product((0, 1, 3, GAMMA), repeat=3):
+        engine = engine_with(config, 15, 14, 13, num_free=num_free)
+        assert chunks(engine, *lengths) == [min(pair) for pair in zip(lengths, rooms, strict=True)]
 
 
 def test_without_reclamation_a_shortage_leaves_none_for_drafts(config_without: VllmConfig) -> None:
@@ -253,6 +265,21 @@ def scheduler_like(**changes: Any) -> Any:
 def test_conditions_under_which_it_is_off(changes: dict[str, Any], reason: str) -> None:
     assert why_not(scheduler_like()) is None
     assert reason in str(why_not(scheduler_like(**changes)))
+
+
+def test_with_a_kv_connector_it_is_off_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A real one of vLLM's: the same shortage ends in a preemption, as without reclamation."""
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    with caplog.at_level(logging.INFO, logger="vllm.specbranch"):
+        engine, _, needy = shortage(make_config(BLOCK_SIZE, GAMMA, 64, kv_transfer_config=connector))
+    assert "reclaim_blocks is off: a KV connector" in caplog.text
+    output = engine.step()
+    assert output.preempted_req_ids == {needy}
+    assert str(output.scheduler_status["reclaim_blocks"]).startswith("off: a KV connector")
 
 
 def test_it_is_off_with_other_kinds_of_attention() -> None:
