@@ -5,6 +5,7 @@ of its own, imported only when it is called, so that help is quick. Runs in the 
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -106,6 +107,41 @@ _KEYS_ADVICE = (
 )
 
 
+def _draft_server(args: argparse.Namespace) -> int:
+    from vllm_specbranch import standalone
+
+    flags = {
+        "model": args.model,
+        "num_speculative_tokens": args.num_speculative_tokens,
+        "max_model_len": args.max_model_len,
+        "draft_cpu_cores": args.cores,
+        "draft_kv_cache_bytes": None if args.kv_cache_gib is None else int(args.kv_cache_gib * 2**30),
+        "enforce_eager": args.enforce_eager or None,
+    }
+    given = {key: value for key, value in flags.items() if value is not None}
+    twice = sorted(set(given) & set(args.settings))
+    if twice:
+        raise ConfigError(args.settings[twice[0]], "given once: by its flag or in --settings", twice[0])
+    settings = standalone.StandaloneSettings(
+        bind=args.bind,
+        keys=args.keys,
+        draft=args.settings | given,
+        dtype=args.dtype,
+        trust_remote_code=args.trust_remote_code,
+    )
+    return standalone.run(settings, _write)
+
+
+def _json_object(text: str) -> dict[str, object]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used; allowed: a JSON object")
+    return value
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def count(text: str) -> int:
         value = int(text) if text.strip().lstrip("-").isdecimal() else None
@@ -138,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="make the keys of a draft server that engines reach over TCP")
     keys.set_defaults(command=_keys)
     keys.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory, for its owner alone")
+    _add_draft_server(commands.add_parser("draft-server", help="serve a draft model to engines, over TCP"))
     doctor = commands.add_parser("doctor", help="check whether specbranch can run here")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -210,6 +247,41 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of the search (default 0)")
     add("--always-write", action="store_true", help="write the best settings even if they are not worth it")
     _add_places(tune)
+
+
+def _add_draft_server(server: argparse.ArgumentParser) -> None:
+    count = _at_least(1)
+    add = server.add_argument
+    server.description = (
+        "Runs a draft server on its own, for engines with draft_placement tcp://HOST:PORT. Ends on SIGTERM: it answers what is "
+        "open and takes leave of its engines, which go on without drafts until they find it, or its successor, again."
+    )
+    server.set_defaults(command=_draft_server)
+    add("--model", required=True, metavar="MODEL", help="the draft model, a folder or a hub id")
+    add("--bind", required=True, metavar="tcp://HOST:PORT", help="where to listen; * is every interface, 0 any port")
+    security = server.add_mutually_exclusive_group(required=True)
+    security.add_argument("--keys", type=Path, metavar="DIR", help="keys made by `vllm-specbranch keys`")
+    security.add_argument(
+        "--insecure", action="store_true", help="no keys: whoever reaches the port can use the server"
+    )
+    add("--num-speculative-tokens", type=count, metavar="N", help="most draft tokens of a chunk (default 8)")
+    add(
+        "--dtype",
+        default="auto",
+        help="of the draft model; the engines' must be the same (default: what the model says)",
+    )
+    add("--max-model-len", type=count, metavar="N", help="longest sequence to draft for (default: the model's context)")
+    add("--cores", metavar="LIST", help="CPU cores to use, such as 0-3 (default: all)")
+    add("--kv-cache-gib", type=_gibibytes, metavar="GIB", help="KV cache of the draft model (default: fits the device)")
+    add("--enforce-eager", action="store_true", help="do not compile: quicker start, slower run")
+    add("--trust-remote-code", action="store_true", help="let the model bring its own code")
+    add(
+        "--settings",
+        type=_json_object,
+        default={},
+        metavar="JSON",
+        help='how to draft, by the keys of --speculative-config: {"policy": "specbranch", "max_branches": 4}',
+    )
 
 
 def _add_places(command: argparse.ArgumentParser) -> None:

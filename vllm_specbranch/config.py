@@ -6,12 +6,13 @@ torch: what needs the models (vocabulary, context) is checked in `speculative_co
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_specbranch.errors import ConfigError
+from vllm_specbranch.addresses import is_tcp, tcp_host_and_port
+from vllm_specbranch.errors import ConfigError, WireError
 
 METHOD = "specbranch"
 CONFIG_FILE_NAME = "specbranch.json"
@@ -38,6 +39,20 @@ _POLICY_DEFAULTS: Mapping[str, Mapping[str, object]] = {
     "specbranch": {"stop_rule": "confidence", "max_branches": 8},
     "fanout": {"max_branches": 16},
 }
+
+# What a draft server decides that engines share; an engine that did not start it cannot.
+_SERVER_KEYS = (
+    "policy",
+    "max_branches",
+    "branch_rule",
+    "stop_rule",
+    "stop_threshold",
+    "on_miss",
+    "draft_device",
+    "draft_cpu_cores",
+    "draft_kv_cache_bytes",
+    "draft_gpu_memory_utilization",
+)
 
 EXAMPLE_SETTINGS = '{"model": "path or hub id of the draft model", "num_speculative_tokens": 8}'
 
@@ -79,7 +94,9 @@ class SpecBranchConfig:
             own K; given without one, the features are computed for whoever records them, and nothing else uses them.
         deterministic: the same drafts at every run of the same batch: a fixed number of draft steps per round, no rule that looks
             at load or time, and the reply is awaited. Slower; see section 10 of the design.
-        draft_placement: where the draft server runs; `process` is a child process on this machine.
+        draft_placement: where the draft server runs: `process` is a child process on this machine, `tcp://host:port` the address of
+            one that runs on its own (`vllm-specbranch draft-server`), whose own settings decide how it drafts.
+        draft_keys: with an address: the directory of the keys (`vllm-specbranch keys`), or the word `insecure`.
         draft_device: index of the CUDA device that the draft server sees; None leaves the choice to placement.
         draft_cpu_cores: CPU cores of the draft server; None means all cores that the target does not use.
         draft_kv_cache_bytes: size of the draft KV cache; None means a default that fits the device.
@@ -105,7 +122,8 @@ class SpecBranchConfig:
     length_head: str | None = None
     head_layers: int | None = None
     deterministic: bool = False
-    draft_placement: Literal["process"] = "process"
+    draft_placement: str = "process"
+    draft_keys: str | None = None
     draft_device: int | None = None
     draft_cpu_cores: tuple[int, ...] | None = None
     draft_kv_cache_bytes: int | None = None
@@ -147,6 +165,7 @@ class SpecBranchConfig:
         }
         config = cls(**parsed)
         config._check_policy()
+        config._check_placement([key for key, value in given.items() if value is not None])
         return config
 
     def _check_policy(self) -> None:
@@ -156,6 +175,27 @@ class SpecBranchConfig:
             raise ConfigError(self.branch_rule, "'adaptive' unless policy is 'specbranch'", "branch_rule")
         if self.policy == "pearl" and self.length_head is not None:
             raise ConfigError(self.length_head, "none with policy 'pearl', which submits all it has", "length_head")
+
+    def _check_placement(self, given: Collection[str]) -> None:
+        if not self.is_remote:
+            if self.draft_keys is not None:
+                raise ConfigError(self.draft_keys, "unset unless draft_placement is 'tcp://host:port'", "draft_keys")
+            return
+        if self.draft_keys is None:
+            allowed = f"a directory of keys or 'insecure' with draft_placement {self.draft_placement!r}"
+            raise ConfigError(None, allowed, "draft_keys")
+        if self.deterministic:
+            allowed = "false with a draft server that other engines may use as well"
+            raise ConfigError(self.deterministic, allowed, "deterministic")
+        for key in _SERVER_KEYS:
+            if key in given:
+                allowed = "unset with a draft server of its own: it is a setting of `vllm-specbranch draft-server`"
+                raise ConfigError(getattr(self, key), allowed, key)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the draft server is one that this engine does not start."""
+        return is_tcp(self.draft_placement)
 
     @property
     def trained_head(self) -> str | None:
@@ -197,6 +237,11 @@ def child_environment(overrides: Mapping[str, str], removed: tuple[str, ...]) ->
     """The environment of a child process: ours, less `removed`, with `overrides`."""
     kept = {key: value for key, value in os.environ.items() if key not in removed}
     return kept | dict(overrides)
+
+
+def limit_threads(count: int) -> None:
+    """Let OpenMP use so many threads in this process; to be called before torch is imported."""
+    os.environ["OMP_NUM_THREADS"] = str(count)
 
 
 def target_core_settings() -> str | None:
@@ -245,6 +290,19 @@ def _integer(low: int, high: int | None) -> Callable[[object, str], int]:
         return value
 
     return parse
+
+
+def _placement(value: object, field: str) -> str:
+    allowed = "'process' or 'tcp://host:port'"
+    if value == "process":
+        return "process"
+    if not isinstance(value, str) or not is_tcp(value):
+        raise ConfigError(value, allowed, field)
+    try:
+        tcp_host_and_port(value)
+    except WireError as error:
+        raise ConfigError(value, allowed, field) from error
+    return value
 
 
 def _number(low: float, high: float) -> Callable[[object, str], float]:
@@ -309,7 +367,8 @@ _PARSERS: dict[str, Callable[[object, str], object]] = {
     "length_head": _text,
     "head_layers": _integer(1, 64),
     "deterministic": _flag,
-    "draft_placement": _choice("process"),
+    "draft_placement": _placement,
+    "draft_keys": _text,
     "draft_device": _integer(0, None),
     "draft_cpu_cores": parse_cores,
     "draft_kv_cache_bytes": _integer(1, None),

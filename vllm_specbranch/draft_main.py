@@ -23,6 +23,7 @@ from vllm_specbranch.draft_loop import serve
 from vllm_specbranch.draft_model import DraftModel
 from vllm_specbranch.draft_sampling import RandomNumber, uniform
 from vllm_specbranch.draft_server import DraftServer
+from vllm_specbranch.draft_sessions import Offer, SharedDraftServer
 from vllm_specbranch.draft_steps import Model
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import ConfigError
@@ -94,13 +95,19 @@ def make_server(
     limits: Limits,
     clock: Callable[[], float] = time.perf_counter,
     random_number: RandomNumber = uniform,
+    offer: Offer | None = None,
 ) -> DraftServer:
-    """The draft server that the settings ask for; arguments as for `DraftServer`."""
-    kind = (
-        partial(DeterministicDraftServer, chunk_tokens=config.num_speculative_tokens)
-        if config.deterministic
-        else DraftServer
-    )
+    """The draft server that the settings ask for.
+
+    Args:
+        config, model, kv, limits, clock, random_number: as for `DraftServer`.
+        offer: of a server that several engines share; None for one that belongs to the engine that started it.
+    """
+    kind: Callable[..., DraftServer] = DraftServer
+    if offer is not None:
+        kind = partial(SharedDraftServer, offer=offer)
+    elif config.deterministic:
+        kind = partial(DeterministicDraftServer, chunk_tokens=config.num_speculative_tokens)
     return kind(model, kv, Planner(config), limits, clock, random_number)
 
 

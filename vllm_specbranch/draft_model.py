@@ -158,6 +158,8 @@ class DraftModel:
         self.max_model_len: int = runtime.max_model_len
         self.num_blocks: int = runtime.num_blocks
         self.block_size: int = runtime.block_size
+        self.dtype: str = runtime.dtype
+        self.path: str = runtime.path
 
     @classmethod
     def load(cls, settings: DraftModelSettings) -> "DraftModel":

@@ -46,6 +46,9 @@ class DraftRuntime:
         self.vocab_size: int = config.model_config.get_vocab_size()
         self.max_model_len: int = config.model_config.max_model_len
         self.block_size: int = config.cache_config.block_size
+        self.dtype: str = str(config.model_config.dtype).removeprefix("torch.")
+        # The folder, where vLLM has made one of a hub id.
+        self.path: str = config.model_config.model
         self._model: Any = get_model(vllm_config=config)
         layers: dict[str, Any] = config.compilation_config.static_forward_context
         spec, owners = _kv_owners(config, layers, settings.model)

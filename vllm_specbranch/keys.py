@@ -122,6 +122,15 @@ def load_client_keys(directory: str | Path, field_name: str = "draft_keys") -> C
     return ClientKeys(public, secret, _public(root / SERVER_PUBLIC, directory, field_name))
 
 
+def client_security(given: str) -> ClientSecurity:
+    """What the setting `draft_keys` names: a directory with an engine's keys, or the word.
+
+    Raises:
+        ConfigError: as of `load_client_keys`.
+    """
+    return INSECURE if given == INSECURE else load_client_keys(given)
+
+
 class AllowList:
     """The clients that a server admits: those whose public keys lie in a directory, read again at every handshake.
 

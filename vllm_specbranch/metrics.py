@@ -29,6 +29,8 @@ class DraftServerCounters:
     num_evictions: int = 0
     num_unknown_requests: int = 0
     num_refused_messages: int = 0
+    num_turned_away: int = 0
+    num_expired_requests: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Name to value, in the order above."""

@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 
@@ -29,11 +28,10 @@ from vllm_specbranch import messages
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds, is_sound
 from vllm_specbranch.draft_link import DraftLink
-from vllm_specbranch.draft_model import DraftModelSettings
 from vllm_specbranch.draft_sampling import seeded_key, unseeded_key
+from vllm_specbranch.draft_side import make_link
 from vllm_specbranch.engine_pace import EnginePace
 from vllm_specbranch.metrics import EngineCounters, rates
-from vllm_specbranch.placement import ServerProcess
 from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
 from vllm_specbranch.scorer import Scorer
 from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
@@ -44,10 +42,6 @@ logger = logging.getLogger("vllm.specbranch.proposer")
 # The server stops waiting for its own draft steps in time for the reply to arrive before the timeout.
 WAIT_SHARE = 0.5
 STATUS_TIMEOUT_S = 2.0
-# Rows of one draft step: enough for a few branches of few requests, or for one branch of many.
-MIN_ROWS = 64
-MAX_ROWS = 256
-MAX_STEP_TOKENS = 512
 # vLLM's own limit: below it a request is greedy.
 GREEDY_TEMPERATURE = 1e-5
 # Five bytes a token at most, so well below the limit of one message.
@@ -161,28 +155,12 @@ class Proposer:
         self._pace = EnginePace(self._config.reply_timeout_ms)
 
     def _open_link(self, speculative: SpecBranchSpeculativeConfig, vocab_size: int, max_num_seqs: int) -> DraftLink:
-        draft = speculative.draft
-        settings = DraftModelSettings(
-            model=draft.model,
-            max_model_len=draft.max_model_len,
-            dtype=draft.dtype,
-            quantization=draft.quantization,
-            revision=draft.revision,
-            trust_remote_code=draft.trust_remote_code,
-            load_format=draft.load_format,
-            enforce_eager=draft.enforce_eager,
-            kv_cache_bytes=self._config.draft_kv_cache_bytes,
-            gpu_memory_utilization=self._config.draft_gpu_memory_utilization,
-            max_num_rows=max(MIN_ROWS, min(MAX_ROWS, max_num_seqs)),
-            max_num_tokens=MAX_STEP_TOKENS,
-            seed=draft.seed,
-        )
-        process = ServerProcess(self._config, settings, on_cpu=current_platform.is_cpu())
-        link = DraftLink(
-            process,
+        link = make_link(
+            self._config,
+            speculative.draft,
             vocab_size=vocab_size,
             max_model_len=self._max_model_len,
-            wants_top_probs=self._config.head_layers is not None,
+            max_num_seqs=max_num_seqs,
             counters=self.counters,
         )
         # The server takes as long to start as the target does: start both at once.

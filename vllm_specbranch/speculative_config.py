@@ -21,6 +21,7 @@ from vllm_specbranch.config import METHOD, SpecBranchConfig, load_bare_word_sett
 from vllm_specbranch.draft_check import DraftModelSpec, check_draft_model
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.head_check import feature_layers
+from vllm_specbranch.keys import client_security
 
 logger = logging.getLogger("vllm.specbranch.speculative_config")
 
@@ -73,7 +74,11 @@ def build_speculative_config(
     """
     settings = SpecBranchConfig.from_user(_user_settings(engine_args, target_model_config.model))
     _check_engine(engine_args, target_parallel_config)
-    settings = _place_on_device(settings, target_parallel_config)
+    if settings.is_remote:
+        assert settings.draft_keys is not None, "checked with the settings"
+        client_security(settings.draft_keys)
+    else:
+        settings = _place_on_device(settings, target_parallel_config)
     draft = check_draft_model(settings, target_model_config, str(engine_args.load_format))
     layers = feature_layers(settings, target_model_config, draft)
     if draft.max_model_len < target_model_config.max_model_len:

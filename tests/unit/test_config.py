@@ -88,6 +88,14 @@ def test_a_length_head_is_a_folder_or_learned_while_serving_and_none_is_with_pea
         ("head_layers", 65),
         ("head_layers", 2.0),
         ("draft_placement", "ray"),
+        ("draft_placement", "tcp://host"),
+        ("draft_placement", "tcp://*:5600"),
+        ("draft_placement", "tcp://host:0"),
+        ("draft_placement", "ipc:///tmp/s"),
+        ("draft_placement", 5600),
+        ("draft_keys", "insecure"),
+        ("draft_keys", ""),
+        ("draft_keys", 3),
         ("draft_device", -1),
         ("draft_cpu_cores", []),
         ("draft_cpu_cores", "3-1"),
@@ -123,6 +131,42 @@ def test_the_draft_model_is_required(model: object) -> None:
 def test_pearl_has_one_chain() -> None:
     with pytest.raises(ConfigError, match="max_branches=4"):
         SpecBranchConfig.from_user({"model": "draft", "policy": "pearl", "max_branches": 4})
+
+
+REMOTE = {"model": "draft", "draft_placement": "tcp://draft-0:5600"}
+
+
+@pytest.mark.parametrize("keys", ["insecure", "/etc/specbranch/keys"])
+def test_an_address_needs_keys_or_the_word(keys: str) -> None:
+    config = SpecBranchConfig.from_user(REMOTE | {"draft_keys": keys})
+    assert (config.draft_placement, config.draft_keys, config.is_remote) == ("tcp://draft-0:5600", keys, True)
+    assert not SpecBranchConfig.from_user({"model": "draft"}).is_remote
+    with pytest.raises(ConfigError, match="a directory of keys or 'insecure'") as caught:
+        SpecBranchConfig.from_user(REMOTE)
+    assert caught.value.field == "draft_keys"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("policy", "specbranch"),
+        ("max_branches", 4),
+        ("branch_rule", "adaptive"),
+        ("stop_rule", "none"),
+        ("stop_threshold", 0.1),
+        ("on_miss", "auto"),
+        ("draft_device", 0),
+        ("draft_cpu_cores", [1]),
+        ("draft_kv_cache_bytes", 1000),
+        ("draft_gpu_memory_utilization", 0.9),
+        ("deterministic", True),
+    ],
+)
+def test_what_the_server_decides_cannot_be_set_by_an_engine_that_shares_it(key: str, value: object) -> None:
+    """Refused even where it is the default: it would look as if it did something."""
+    with pytest.raises(ConfigError) as caught:
+        SpecBranchConfig.from_user(REMOTE | {"draft_keys": "insecure", key: value})
+    assert caught.value.field == key
 
 
 def test_the_users_dict_stays_as_it_was() -> None:

@@ -210,6 +210,7 @@ def test_hooks_note_every_forward_of_a_module() -> None:
 
 class FakeRuntime:
     vocab_size, max_model_len, num_blocks, block_size = 10, 64, 8, 4
+    dtype, path = "float32", "draft"
 
     def forward(self, rows: list[Row], copies: list[Any], top_k: int) -> tuple[list[list[int]], list[list[float]]]:
         return [[row.token_ids[-1]] for row in rows], [[0.5] for _ in rows]

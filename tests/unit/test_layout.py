@@ -43,7 +43,7 @@ ROOMS = {
     "branching": room("acceptance config token_tree"),
     "cli": ANYTHING,
     "compare": room("", "torch transformers"),
-    "config": room("errors"),
+    "config": room("addresses errors"),
     "costs": room(),
     "deepen": room("errors made_models", "torch transformers"),
     "demo": ANYTHING,
@@ -52,11 +52,12 @@ ROOMS = {
     "draft_check": room("config errors", "vllm huggingface_hub"),
     "draft_deterministic": room("draft_peers draft_request draft_server draft_work errors messages"),
     "draft_distributions": room("messages", "numpy vllm"),
+    "draft_identity": room(),
     "draft_link": room("config errors messages metrics transport"),
     "draft_loop": room("draft_server draft_steps errors messages token_tree transport", "msgspec"),
     "draft_main": room(
-        "addresses config draft_deterministic draft_loop draft_model draft_sampling draft_server draft_steps draft_work errors "
-        "kv_blocks placement planner transport"
+        "addresses config draft_deterministic draft_loop draft_model draft_sampling draft_server draft_sessions draft_steps "
+        "draft_work errors kv_blocks placement planner transport"
     ),
     "draft_memory": room("draft_model draft_steps kv_blocks token_tree", "numpy"),
     "draft_model": room("draft_runtime errors kv_blocks messages token_tree", "numpy torch vllm"),
@@ -66,6 +67,11 @@ ROOMS = {
     "draft_runtime": room("draft_model errors kv_blocks messages", "numpy psutil torch vllm"),
     "draft_sampling": room(),
     "draft_server": room("draft_peers draft_request draft_steps draft_work errors messages planner token_tree"),
+    "draft_sessions": room("draft_server messages"),
+    "draft_side": room(
+        "config draft_check draft_identity draft_link draft_model keys messages metrics placement remote_server transport",
+        "vllm",
+    ),
     "draft_steps": room(
         "draft_model draft_pressure draft_request draft_sampling draft_work errors kv_blocks metrics planner token_tree"
     ),
@@ -100,8 +106,8 @@ ROOMS = {
     "plugin": room("errors patches patching", "vllm"),
     "prompts": room("errors"),
     "proposer": room(
-        "config draft_distributions draft_link draft_model draft_sampling engine_pace errors messages "
-        "metrics placement scheduler scorer speculative_config target_head transport",
+        "config draft_distributions draft_link draft_sampling draft_side engine_pace errors messages metrics scheduler scorer "
+        "speculative_config target_head transport",
         "numpy torch vllm",
     ),
     "provenance": room("", "psutil"),
@@ -121,7 +127,11 @@ ROOMS = {
     "scheduler": room("config draft_distributions errors metrics reclaim speculative_config", "vllm"),
     "scorer": room("draft_distributions errors metrics", "numpy torch vllm"),
     "shipped_pair": room(),
-    "speculative_config": room("config draft_check errors head_check", "pydantic vllm"),
+    "speculative_config": room("config draft_check errors head_check keys", "pydantic vllm"),
+    "standalone": room(
+        "addresses config draft_identity draft_loop draft_main draft_model draft_sessions draft_work errors keys kv_blocks "
+        "transport"
+    ),
     "target_head": room("errors head_features length_head metrics", "numpy torch"),
     "token_tree": room("errors"),
     "transport": room("addresses errors keys messages rates zmq_port", "zmq"),

@@ -15,6 +15,7 @@ import pytest
 from vllm_specbranch import patching, speculative_config
 from vllm_specbranch.config import CONFIG_ENV, CONFIG_FILE_NAME, SpecBranchConfig
 from vllm_specbranch.errors import ConfigError
+from vllm_specbranch.keys import make_keys
 from vllm_specbranch.patches import arg_utils
 from vllm_specbranch.shipped_pair import draft_path, target_path
 
@@ -130,6 +131,18 @@ def test_the_bare_word_reads_the_file_beside_the_target(make_model: MakeModel, t
     (Path(target) / CONFIG_FILE_NAME).write_text(json.dumps({"model": str(draft_path()), "num_speculative_tokens": 3}))
     config = engine_args(typed, target).create_engine_config().speculative_config
     assert (config.num_speculative_tokens, config.draft.model) == (3, str(draft_path()))
+
+
+def test_keys_are_read_before_weights_load(tmp_path: Path) -> None:
+    remote = {"draft_placement": "tcp://127.0.0.1:5600"}
+    error = refused(engine_args(ours(**remote, draft_keys=str(tmp_path / "missing"))))
+    assert error.field == "draft_keys"
+    assert "client.key_secret" in str(error)
+    make_keys(tmp_path / "keys")
+    for keys in (str(tmp_path / "keys"), "insecure"):
+        config = engine_args(ours(**remote, draft_keys=keys)).create_engine_config().speculative_config
+        assert config.specbranch.draft_keys == keys
+        assert config.specbranch.draft_device is None
 
 
 def test_the_bare_word_without_a_file_says_what_to_write(make_model: MakeModel) -> None:

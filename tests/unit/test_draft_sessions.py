@@ -1,0 +1,210 @@
+"""A draft server that several engines share: who gets in, with how much, for how long. Fake model, clock that stands still."""
+
+import pytest
+
+from tests.draft_engine import BLOCK_SIZE, Clock
+from tests.fakes import FakeDraftModel
+from vllm_specbranch import draft_sessions, messages
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.draft_main import make_server
+from vllm_specbranch.draft_sessions import LEASE_S, Offer, SharedDraftServer
+from vllm_specbranch.draft_work import Limits
+from vllm_specbranch.kv_blocks import KVBlocks
+from vllm_specbranch.messages import (
+    Commit,
+    CommitBatch,
+    DraftBatch,
+    Farewell,
+    Hello,
+    Open,
+    Ready,
+    Refused,
+    StepBegin,
+    Terms,
+)
+
+OFFER = Offer("identity", "float32", 4)
+TERMS = Terms("identity", "float32", 4)
+ONE, TWO = b"one", b"two"
+
+
+class Bench:
+    def __init__(self, max_model_len: int = 10_000, on_miss: str = "auto") -> None:
+        self.clock = Clock()
+        self.model = FakeDraftModel(400, BLOCK_SIZE, max_model_len=max_model_len)
+        config = SpecBranchConfig.from_user({"model": "draft", "num_speculative_tokens": 4, "on_miss": on_miss})
+        kv = KVBlocks(400, BLOCK_SIZE)
+        server = make_server(config, self.model, kv, Limits(), self.clock, offer=OFFER)
+        assert isinstance(server, SharedDraftServer)
+        self.server = server
+
+    def say(self, peer: bytes, message: messages.EngineMessage) -> list[messages.ServerMessage]:
+        replies = self.server.handle(peer, message)
+        self.server.check_integrity()
+        assert {to for to, _ in replies} <= {peer}
+        return [reply for _, reply in replies]
+
+    def greet(self, peer: bytes, terms: Terms | None = TERMS, vocab_size: int = 50) -> messages.ServerMessage:
+        (reply,) = self.say(peer, Hello("s", vocab_size, 500, False, terms))
+        return reply
+
+    def open(self, peer: bytes, *names: str, num_tokens: int = 3) -> None:
+        assert self.say(peer, StepBegin([Open(name, list(range(num_tokens)), None) for name in names], [])) == []
+
+    def commit(self, peer: bytes, name: str, position: int = 3, tokens: tuple[int, ...] = (7,)) -> DraftBatch:
+        (reply,) = self.say(peer, CommitBatch(1, 0.0, [Commit(name, position, list(tokens), 0, None)], None))
+        assert isinstance(reply, DraftBatch)
+        return reply
+
+    def run(self) -> None:
+        while self.server.step()[1]:
+            self.server.check_integrity()
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+@pytest.mark.parametrize(
+    ("terms", "vocab_size", "reason"),
+    [
+        (TERMS, 51, "vocabulary has 51 tokens, the draft's 50"),
+        (Terms("another", "float32", 4), 50, "another draft model"),
+        (Terms("identity", "bfloat16", 4), 50, "expects a draft model in bfloat16, this server's is in float32"),
+        (Terms("identity", "float32", 3), 50, "takes at most 3 draft tokens, this server drafts up to 4"),
+        (None, 50, "does not say what it expects"),
+    ],
+)
+def test_an_engine_that_does_not_fit_is_refused_with_the_reason(
+    bench: Bench, terms: Terms | None, vocab_size: int, reason: str
+) -> None:
+    assert isinstance(bench.greet(ONE), Ready)
+    refusal = bench.greet(TWO, terms, vocab_size)
+    assert isinstance(refusal, Refused)
+    assert refusal.is_final
+    assert reason in refusal.reason
+    assert bench.server.num_sessions == 1
+    assert bench.say(TWO, StepBegin([Open("a", [1], None)], [])) == [Farewell(draft_sessions.NO_SESSION)]
+    bench.open(ONE, "a")
+    assert bench.commit(ONE, "a").unknown == []
+
+
+@pytest.mark.parametrize("terms", [Terms("", "float32", 4), Terms("identity", "float32", 64)])
+def test_an_engine_that_does_not_know_or_takes_more_fits(bench: Bench, terms: Terms) -> None:
+    assert isinstance(bench.greet(ONE, terms), Ready)
+
+
+def test_a_refusal_ends_the_session_that_there_was(bench: Bench) -> None:
+    bench.greet(ONE)
+    bench.open(ONE, "a")
+    assert isinstance(bench.greet(ONE, vocab_size=51), Refused)
+    assert (bench.server.num_sessions, bench.server.kv.num_held) == (0, 0)
+
+
+def test_engines_with_the_same_request_ids_do_not_meet(bench: Bench) -> None:
+    for peer in (ONE, TWO):
+        bench.greet(peer)
+    bench.open(ONE, "a", num_tokens=3)
+    bench.open(TWO, "a", num_tokens=5)
+    bench.run()
+    first = bench.commit(ONE, "a", 3).drafts[0]
+    second = bench.commit(TWO, "a", 5).drafts[0]
+    assert (first.position, second.position) == (4, 6)
+    bench.say(TWO, StepBegin([], ["a"]))
+    assert bench.commit(TWO, "a", 6).unknown == ["a"]
+    assert bench.commit(ONE, "a", 4).unknown == []
+
+
+def test_who_has_no_session_is_told_so(bench: Bench) -> None:
+    for message in (StepBegin([Open("a", [1], None)], []), CommitBatch(1, 0.0, [], None), messages.StatusQuery(1)):
+        assert bench.say(ONE, message) == [Farewell(draft_sessions.NO_SESSION)]
+    assert bench.server.num_sessions == 0
+
+
+def test_no_engine_can_end_the_server(bench: Bench) -> None:
+    for peer in (ONE, TWO):
+        bench.greet(peer)
+    assert bench.say(ONE, messages.Shutdown()) == []
+    assert not bench.server.is_stopping
+
+
+def test_an_engine_that_vanishes_leaves_nothing_after_its_lease(bench: Bench) -> None:
+    for peer in (ONE, TWO):
+        bench.greet(peer)
+    bench.open(ONE, "a", "b")
+    bench.open(TWO, "a")
+    bench.run()
+    for _ in range(4):
+        bench.clock.now_s += 0.3 * LEASE_S
+        bench.commit(TWO, "a", 3)
+    bench.say(TWO, StepBegin([], ["a"]))
+    assert bench.server.kv.num_held == 0
+    assert bench.server.counters.num_expired_requests == 2
+    assert bench.commit(ONE, "a").unknown == ["a"], "it has its session, and opens its requests again"
+
+
+def test_a_place_goes_to_a_newcomer_when_its_engine_is_gone(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_sessions, "MAX_SESSIONS", 2)
+    for peer in (ONE, TWO):
+        assert isinstance(bench.greet(peer), Ready)
+    refusal = bench.greet(b"three")
+    assert isinstance(refusal, Refused)
+    assert not refusal.is_final, "it may try again"
+    assert isinstance(bench.greet(ONE), Ready), "who has a place keeps it"
+    bench.clock.now_s += 0.9 * LEASE_S
+    bench.open(ONE, "a")
+    bench.clock.now_s += 0.2 * LEASE_S
+    assert isinstance(bench.greet(b"three"), Ready)
+    assert bench.say(TWO, StepBegin([], [])) == [Farewell(draft_sessions.NO_SESSION)]
+    assert bench.commit(ONE, "a").unknown == []
+
+
+def test_what_is_over_an_engines_limits_stays_unknown(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_sessions, "MAX_REQUESTS_PER_SESSION", 3)
+    monkeypatch.setattr(draft_sessions, "MAX_TOKENS_PER_SESSION", 20)
+    for peer in (ONE, TWO):
+        bench.greet(peer)
+    bench.open(ONE, "a", "b", "c", "d")
+    assert bench.commit(ONE, "d").unknown == ["d"]
+    assert bench.commit(ONE, "c").unknown == []
+    bench.open(TWO, "a", "b")
+    assert bench.commit(TWO, "b").unknown == [], "each engine has its own"
+    bench.open(TWO, "c", num_tokens=15)
+    assert bench.commit(TWO, "c", 15).unknown == ["c"]
+    bench.open(TWO, "a", num_tokens=15)
+    assert bench.commit(TWO, "a", 15).unknown == [], "opened anew, a request counts once"
+    bench.say(ONE, StepBegin([Open("d", [1, 2, 3], None)], ["a"]))
+    assert bench.commit(ONE, "d").unknown == []
+    assert bench.server.counters.num_turned_away == 2
+
+
+def test_no_sequence_outgrows_the_model(bench: Bench) -> None:
+    bench = Bench(max_model_len=16)
+    bench.greet(ONE)
+    bench.open(ONE, "long", num_tokens=16)
+    assert bench.commit(ONE, "long", 16).unknown == ["long"]
+    bench.open(ONE, "a", num_tokens=15)
+    assert bench.commit(ONE, "a", 15, (7,)).unknown == []
+    assert [draft.tokens for draft in bench.commit(ONE, "a", 16, tuple(range(10))).drafts] == [[]]
+    assert bench.server.kv.num_held == 0
+    assert bench.commit(ONE, "a", 26).unknown == ["a"]
+
+
+def test_draining_answers_what_is_open_and_takes_leave() -> None:
+    bench = Bench(on_miss="wait:4")
+    for peer in (ONE, TWO):
+        bench.greet(peer)
+    bench.open(ONE, "a")
+    waiting = CommitBatch(9, 10_000.0, [Commit("a", 3, [49], 0, None)], None)
+    assert bench.say(ONE, waiting) == [], "nothing is drafted yet: the reply waits"
+    bench.server.is_stopping = True
+    refusal = bench.greet(b"three")
+    assert isinstance(refusal, Refused)
+    assert not refusal.is_final
+    replies = bench.server.drain("the end")
+    assert [(peer, type(reply)) for peer, reply in replies] == [(TWO, Farewell), (ONE, DraftBatch), (ONE, Farewell)]
+    assert isinstance(replies[1][1], DraftBatch)
+    assert (replies[1][1].round, replies[1][1].is_final) == (9, True)
+    assert (bench.server.num_sessions, bench.server.kv.num_held) == (0, 0)
+    assert bench.server.drain("the end") == []

@@ -1,0 +1,156 @@
+"""`vllm-specbranch draft-server`: a draft server on its own, for engines that reach it over TCP.
+
+Owns the life of the process: settings, cores, loading, the line that says it is ready, and its end: on SIGTERM it answers what is
+open, takes leave of its engines, and exits. It is nobody's child: who started it restarts it.
+"""
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_specbranch.addresses import is_tcp, tcp_host_and_port
+from vllm_specbranch.config import SpecBranchConfig, limit_threads
+from vllm_specbranch.draft_identity import draft_identity
+from vllm_specbranch.draft_loop import serve
+from vllm_specbranch.draft_main import make_server
+from vllm_specbranch.draft_model import DraftModel, DraftModelSettings
+from vllm_specbranch.draft_sessions import Offer, SharedDraftServer
+from vllm_specbranch.draft_work import Limits
+from vllm_specbranch.errors import ConfigError, WireError
+from vllm_specbranch.keys import INSECURE, ServerSecurity, load_server_keys
+from vllm_specbranch.kv_blocks import KVBlocks
+from vllm_specbranch.transport import ServerEndpoint, bind
+
+logger = logging.getLogger("vllm.specbranch.standalone")
+
+MAX_ROWS = 256
+MAX_STEP_TOKENS = 512
+# Where the user sets no limit, the model's own is taken.
+NO_LIMIT = 2**31 - 1
+# How long the last messages may take to leave.
+LINGER_MS = 1000
+FAREWELL = "this draft server ends"
+
+
+@dataclass(frozen=True)
+class StandaloneSettings:
+    """What the command was given.
+
+    Attributes:
+        bind: `tcp://host:port` to listen at.
+        keys: directory of keys; None for the word `insecure`.
+        draft: keys of `speculative_config`, as a user gives them.
+        dtype: of the draft model; engines with another are refused.
+    """
+
+    bind: str
+    keys: Path | None
+    draft: Mapping[str, object]
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+
+def run(settings: StandaloneSettings, write: Callable[[str], None]) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code.
+
+    Raises:
+        ConfigError: settings that cannot work.
+        WireError: the address cannot be used, or is taken.
+    """
+    config = _draft_settings(settings.draft)
+    security: ServerSecurity = INSECURE if settings.keys is None else load_server_keys(settings.keys)
+    _check_address(settings.bind)
+    if config.draft_cpu_cores:
+        _take_cores(config.draft_cpu_cores)
+    if security == INSECURE:
+        logger.warning("Whoever reaches %s can use this draft server and read what travels.", settings.bind)
+    server = _load(config, settings)
+    endpoint = bind(settings.bind, security)
+    try:
+        _end_on_signals(server)
+        write(f"draft server ready at {endpoint.address}: {config.model}, {server.kv.num_blocks} KV blocks\n")
+        serve(server, endpoint)
+        take_leave(server, endpoint)
+    finally:
+        endpoint.close(LINGER_MS)
+    write("draft server ended\n")
+    return 0
+
+
+def take_leave(server: SharedDraftServer, endpoint: ServerEndpoint) -> None:
+    """Answer what is open and say farewell to everybody."""
+    for peer, reply in server.drain(FAREWELL):
+        endpoint.send(peer, reply)
+
+
+def _draft_settings(given: Mapping[str, object]) -> SpecBranchConfig:
+    """The settings of the draft side, as for an engine that starts its server itself.
+
+    Raises:
+        ConfigError: one that cannot be, or that is not for a server that engines share.
+    """
+    config = SpecBranchConfig.from_user(given)
+    if config.is_remote:
+        raise ConfigError(config.draft_placement, "unset: it belongs to the engine", "draft_placement")
+    if config.deterministic:
+        raise ConfigError(True, "false: what several engines share cannot be the same at every run", "deterministic")
+    if config.draft_device is not None:
+        raise ConfigError(config.draft_device, "unset: choose the device with CUDA_VISIBLE_DEVICES", "draft_device")
+    return config
+
+
+def _check_address(address: str) -> None:
+    """Look whether the address is free before minutes are spent on a model."""
+    if not is_tcp(address):
+        raise ConfigError(address, "tcp://host:port", "--bind")
+    host, port = tcp_host_and_port(address, to_bind=True)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server(("" if host == "*" else host, port), family=family).close()
+    except OSError as error:
+        raise WireError(f"cannot listen at {address!r}: {error.strerror or error}") from error
+
+
+def _take_cores(cores: tuple[int, ...]) -> None:
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        allowed = f"cores of this machine that this process may use ({error})"
+        raise ConfigError(list(cores), allowed, "draft_cpu_cores") from error
+    limit_threads(len(cores))
+
+
+def _load(config: SpecBranchConfig, settings: StandaloneSettings) -> SharedDraftServer:
+    model = DraftModel.load(
+        DraftModelSettings(
+            model=config.model,
+            max_model_len=config.max_model_len or NO_LIMIT,
+            dtype=settings.dtype,
+            quantization=config.quantization,
+            revision=config.revision,
+            trust_remote_code=settings.trust_remote_code,
+            enforce_eager=config.enforce_eager,
+            kv_cache_bytes=config.draft_kv_cache_bytes,
+            gpu_memory_utilization=config.draft_gpu_memory_utilization,
+            max_num_rows=MAX_ROWS,
+            max_num_tokens=MAX_STEP_TOKENS,
+        )
+    )
+    offer = Offer(draft_identity(model.path), model.dtype, config.num_speculative_tokens)
+    limits = Limits(MAX_ROWS, MAX_STEP_TOKENS, MAX_STEP_TOKENS // 2)
+    server = make_server(config, model, KVBlocks(model.num_blocks, model.block_size), limits, offer=offer)
+    assert isinstance(server, SharedDraftServer)
+    return server
+
+
+def _end_on_signals(server: SharedDraftServer) -> None:
+    def stop(number: int, frame: object) -> None:
+        del number, frame
+        server.is_stopping = True
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
