@@ -15,6 +15,8 @@ from vllm_specbranch import __version__
 from vllm_specbranch.config import parse_cores
 from vllm_specbranch.errors import ConfigError, SpecBranchError
 
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
@@ -86,6 +88,34 @@ def _tune(args: argparse.Namespace) -> int:
     return tune.run(settings, _write)
 
 
+def _train_head(args: argparse.Namespace) -> int:
+    from vllm_specbranch import train_head
+
+    settings = train_head.TrainHeadSettings(
+        target=args.target,
+        draft=args.draft,
+        out=args.out,
+        prompts=args.prompts,
+        num_prompts=args.num_prompts,
+        num_rounds=args.rounds,
+        num_speculative_tokens=args.num_speculative_tokens,
+        num_layers=args.layers,
+        temperatures=tuple(args.temperatures),
+        max_tokens=args.max_tokens,
+        batch_size=args.batch_size,
+        num_epochs=args.epochs,
+        c=args.c,
+        dtype=args.dtype,
+        target_cores=parse_cores(args.target_cores, "--target-cores") if args.target_cores else None,
+        draft_cores=parse_cores(args.draft_cores, "--draft-cores") if args.draft_cores else None,
+        max_model_len=args.max_model_len,
+        kv_cache_bytes=int(args.kv_cache_gib * 2**30),
+        enforce_eager=args.enforce_eager,
+        seed=args.seed,
+    )
+    return train_head.run(settings, _write)
+
+
 def _doctor(_: argparse.Namespace) -> int:
     from vllm_specbranch import doctor
 
@@ -152,6 +182,24 @@ def _at_least(least: int) -> Callable[[str], int]:
     return count
 
 
+def _between(least: float, most: float) -> Callable[[str], float]:
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be used; allowed: a number in {least:g}..{most:g}")
+        return value
+
+    return number
+
+
+def _temperatures(text: str) -> list[float]:
+    number = _between(0.0, 2.0)
+    return list(dict.fromkeys(number(part) for part in text.split(",")))
+
+
 def _gibibytes(text: str) -> float:
     try:
         value = float(text)
@@ -175,6 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     keys.set_defaults(command=_keys)
     keys.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory, for its owner alone")
     _add_draft_server(commands.add_parser("draft-server", help="serve a draft model to engines, over TCP"))
+    _add_train_head(commands.add_parser("train-head", help="train a length head for a pair, and say whether it pays"))
     doctor = commands.add_parser("doctor", help="check whether specbranch can run here")
     doctor.set_defaults(command=_doctor)
     return parser
@@ -242,8 +291,7 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
     add("--num-prompts", type=count, default=8, metavar="N", help="use the first N prompts (default 8)")
     add("--max-tokens", type=_at_least(8), default=96, metavar="N", help="new tokens per prompt (default 96)")
     add("--batch-size", type=count, default=1, metavar="N", help="requests at the same time, as you expect (default 1)")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    add("--dtype", choices=dtypes, default="auto", help="of both models (default: what the models say)")
+    add("--dtype", choices=_DTYPES, default="auto", help="of both models (default: what the models say)")
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of the search (default 0)")
     add("--always-write", action="store_true", help="write the best settings even if they are not worth it")
     _add_places(tune)
@@ -282,6 +330,56 @@ def _add_draft_server(server: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help='how to draft, by the keys of --speculative-config: {"policy": "specbranch", "max_branches": 4}',
     )
+
+
+def _add_train_head(train: argparse.ArgumentParser) -> None:
+    count = _at_least(1)
+    add = train.add_argument
+    train.description = (
+        "Runs your pair on your prompts, records what the target accepts of each draft, and trains a small network that says so "
+        "beforehand from the target's hidden states. Ends by saying whether it is worth using. Can be interrupted: started again "
+        "with the same words it goes on where it was."
+    )
+    train.set_defaults(command=_train_head)
+    add("--target", type=Path, required=True, metavar="PATH", help="folder of the target model")
+    add("--draft", type=Path, required=True, metavar="PATH", help="folder of the draft model, with the same tokenizer")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for the head, its report and the rounds")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="like those you serve, some hundreds: .jsonl with id and prompt, .json list, or .txt (default: 16 of HumanEval)",
+    )
+    add("--num-prompts", type=count, metavar="N", help="use the first N prompts (default: all)")
+    add("--rounds", type=count, default=50_000, metavar="N", help="rounds to collect at least (default 50000)")
+    add(
+        "--num-speculative-tokens",
+        type=count,
+        default=8,
+        metavar="N",
+        help="draft tokens per round; the head is for this number (default 8)",
+    )
+    add("--layers", type=count, default=4, metavar="K", help="last layers of the target that it sees (default 4)")
+    add(
+        "--temperatures",
+        type=_temperatures,
+        default=[0.0, 0.8],
+        metavar="LIST",
+        help="each prompt is continued at each of them (default 0,0.8)",
+    )
+    add("--max-tokens", type=_at_least(16), default=128, metavar="N", help="new tokens per prompt (default 128)")
+    add("--batch-size", type=count, default=64, metavar="N", help="requests at the same time (default 64)")
+    add("--epochs", type=count, default=20, metavar="N", help="of training (default 20)")
+    add(
+        "--c",
+        type=_between(0.1, 1000.0),
+        default=5.0,
+        metavar="C",
+        help="draft steps that a round of the target takes, for the verdict; tune tells it (default 5)",
+    )
+    add("--dtype", choices=_DTYPES, default="auto", help="of both models (default: what the models say)")
+    add("--seed", type=_at_least(0), default=0, metavar="N", help="of sampling, split and training (default 0)")
+    _add_places(train)
 
 
 def _add_places(command: argparse.ArgumentParser) -> None:

@@ -10,6 +10,7 @@ classes too often to be right as often as it can; a part of the weights is taken
 choosing prompts come out best.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -123,7 +124,7 @@ def train(
         on_epoch: called after each with (number from 1, training loss, choosing loss).
     """
     # The caller's random state stays as it was.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(settings.seed)
         head = LengthHead(inputs.shape[1])
         _standardise(head, inputs)
@@ -153,6 +154,17 @@ def train(
     head.eval()
     share = _take_weights_back(head, weights, choose_inputs, choose_labels)
     return Trained(head, best_epoch, losses, share)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Steps of 32 rows are too small to be shared: threads that wait for each other make them slower tenfold."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def predict(head: nn.Module, inputs: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The replay: its counts against simulations written here, its bound, its memory, and the wire as the engine uses it."""
 
+import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
@@ -409,3 +410,30 @@ def test_rates() -> None:
     result = Replayed(num_requests=1, num_tokens=9, num_rounds=5, time_s=3.0)
     assert (result.tokens_per_s, result.mean_acceptance_length) == (3.0, 2.0)
     assert Replayed(num_requests=1, num_tokens=1, num_rounds=1).mean_acceptance_length != 0
+
+
+def test_classes_of_a_length_head_come_with_the_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After every round the class said after its newest token; none where there is no head."""
+    seen: list[tuple[int, int | None]] = []
+    handle = replay.VirtualServer.handle
+
+    def spy(self: replay.VirtualServer, message: messages.EngineMessage) -> None:
+        if isinstance(message, messages.CommitBatch):
+            seen.extend((one.position + len(one.tokens), one.head_class) for one in message.commits)
+        handle(self, message)
+
+    monkeypatch.setattr(replay.VirtualServer, "handle", spy)
+    (plain,) = recordings_of([[True, False, True, True, False, True] * 3])
+    said = tuple(index % 3 for index in range(len(plain.tokens)))
+    told = dataclasses.replace(plain, classes=said)
+    for recording, expected in ((plain, [None] * 3), (told, said)):
+        seen.clear()
+        run(config(policy="specbranch"), [recording], Times(1000.0, draft_step_ms))
+        assert len(seen) > 3
+        for end, head_class in seen:
+            assert head_class == expected[(end - len(plain.prompt) - 1) % 3]
+
+
+def test_classes_that_are_missing_are_a_fault() -> None:
+    with pytest.raises(AssertionError, match="after every token"):
+        Recording((1,), (2, 3), 1, (0,))
