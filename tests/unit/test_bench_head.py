@@ -1,0 +1,154 @@
+"""The benchmarks of the length head without engines: rows, words, picture; classes along a text; transfer; prompts."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import bench_head, head_transfer
+from benchmarks.bench_head import HEAD, HYBRID, KNOWN, NONE, PEARL, Variant, variants
+from benchmarks.head_ablation_report import as_text, draw_ablation, spread
+from benchmarks.head_classes import features_along
+from benchmarks.head_prompts import make_prompts
+from tests.made_rounds import made_rounds
+from tests.unit.test_bench_replay import study
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.head_data import save_rounds
+from vllm_specbranch.head_training import TrainSettings, split, train
+from vllm_specbranch.length_head import HeadSpec, save_head
+from vllm_specbranch.measure_messages import Emulation
+from vllm_specbranch.replay import Recording
+
+
+def test_rows_are_settings_and_each_is_there_once() -> None:
+    rows = variants((0.1, 0.5))
+    assert len(set(rows)) == len(rows) == 3 + 3 * 2
+    for row in rows:
+        config = SpecBranchConfig.from_user({"model": "draft", **row.settings(8)})
+        assert config.policy == ("pearl" if row.rule == PEARL else "specbranch")
+        assert config.stop_rule == ("none" if row.epsilon is None else "confidence")
+        assert row.epsilon is None or config.stop_threshold == row.epsilon
+    assert [row.has_head for row in (Variant(NONE, None), Variant(HEAD, None), Variant(HYBRID, 0.1))] == [
+        False,
+        True,
+        True,
+    ]
+
+
+def replayed() -> list[dict[str, Any]]:
+    made = study()
+    said = [[1] * len(one.tokens) for one in made.recordings]
+    return bench_head.replay_rows(made, said, 4, Emulation(20.0, 4.0))
+
+
+def test_a_head_that_says_class_1_is_confidence_alone() -> None:
+    rows = {(row["rule"], row["epsilon"]): row["time_s"] for row in replayed()}
+    for epsilon in bench_head.EPSILONS:
+        assert rows["hybrid", epsilon] == rows["confidence", epsilon]
+    assert rows["head", None] == rows["none", None]
+
+
+def test_known_classes_are_those_of_the_outcomes() -> None:
+    made = study()
+    for ours, said in zip(made.agreements, made.known_classes(4), strict=True):
+        for place, its in enumerate(said[:-5]):
+            run = ours.run_length(place + 1, 4)
+            assert its == (0 if run == 0 else 2 if run == 4 else 1)
+
+
+def test_words_and_picture(tmp_path: Path) -> None:
+    rows = replayed()
+    engines = [
+        {"rule": rule, "epsilon": None, "tokens_per_s": 50.0, "speed_up": 1.0, "hit_rate": None, "rollback_rate": None}
+        | {"is_lossless": rule != "head"}
+        for rule in ("plain", "pearl", "head")
+    ]
+    pairs = [{"noise": noise, "gamma": 4, "replays": rows, "engines": engines} for noise in (0.0, 0.35)]
+    emulation = {"target_forward_ms": 20.0, "draft_step_ms": 4.0, "draft_token_cost": 0.02}
+    result = {"pairs": pairs, "emulation": emulation}
+    text = as_text(result)
+    assert (
+        "poorly aligned pair (noise 0.35), real engines" in text
+        and "DIFFERENT" in text
+        and "head and confidence, 0.7" in text
+    )
+    assert 0.0 <= spread(rows, KNOWN) < 1.0
+    for count in (1, 2):
+        path = draw_ablation(result | {"pairs": pairs[:count]}, tmp_path / f"{count}.png")
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize("words", [["--emulate", "none"], ["--out", "missing/x.json"], ["--prompts", "missing.txt"]])
+def test_mistakes_exit_with_2(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench_head.main(["--out", str(tmp_path / "x.json"), *words]) == 2
+    assert capsys.readouterr().err.startswith("bench_head: ")
+
+
+def test_features_along_a_text_are_the_hidden_states_at_the_token_before() -> None:
+    """A small random model; `output_hidden_states` is another way to the same, but for the last layer, which it gives normed."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "vocab_size": 50,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+    recording = Recording((3, 4, 5), (6, 7, 8, 9), 4)
+    found = features_along(model, (1, 2, 3), recording)
+    with torch.inference_mode():
+        ids = torch.tensor([[3, 4, 5, 6, 7, 8, 9]])
+        states = model(ids, output_hidden_states=True).hidden_states
+        normed = model.model.norm(found[:, 16:24])
+        embedded = model.model.embed_tokens(ids)[0, 3:7]
+    assert found.shape == (4, 4 * 8)
+    # The token 6, at place 3, was sampled where 5 went in, at place 2.
+    assert torch.allclose(found[:, :8], states[1][0, 2:6], atol=1e-6)
+    assert torch.allclose(found[:, 8:16], states[2][0, 2:6], atol=1e-6)
+    assert torch.allclose(normed, states[3][0, 2:6], atol=1e-5)
+    assert torch.equal(found[:, 24:], embedded)
+
+
+def made_folder(folder: Path, seed: int, told: float) -> Path:
+    rounds = made_rounds(600, seed=seed, told_by_features=told)
+    (folder / "rounds").mkdir(parents=True)
+    save_rounds(folder / "rounds" / "rounds-00000.safetensors", rounds)
+    parts = split(rounds, seed=0)
+    data = (parts.train.features, parts.train.labels, parts.choose.features, parts.choose.labels)
+    found = train(*data, TrainSettings(num_epochs=2))
+    spec = HeadSpec(12, 2, 4, 5, (2, 3, 4, 5), 4, 0.1, "target", "draft", None, None, (1, 1, 1), {}, 0, "made up")
+    save_head(folder, found.head, spec)
+    return folder
+
+
+def test_transfer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same law on both sets: nothing is lost; the opposite law: worse than the most frequent class."""
+    ours = made_folder(tmp_path / "ours", 0, 4.0)
+    alike, opposite = made_folder(tmp_path / "alike", 1, 4.0), made_folder(tmp_path / "opposite", 2, -4.0)
+    out = tmp_path / "transfer.json"
+    assert head_transfer.main([str(ours), str(alike), str(opposite), "--out", str(out)]) == 0
+    cells = json.loads(out.read_text())["heads"]
+    assert abs(cells["ours"]["alike"]["accuracy"] - cells["alike"]["alike"]["accuracy"]) < 0.15
+    assert cells["ours"]["opposite"]["accuracy"] < cells["opposite"]["opposite"]["accuracy"] - 0.2
+    assert "trained on opposite" in capsys.readouterr().out
+    assert head_transfer.main([str(ours), str(tmp_path), "--out", str(out)]) == 2
+    assert head_transfer.main([str(ours), "--names", "a,b", "--out", str(out)]) == 2
+
+
+def test_prompts_are_whole_lines_of_other_files(tmp_path: Path) -> None:
+    lines = [f"value_{number} = compute({number})  # line\n" for number in range(60)]
+    files = ["".join(f"# file {name}\n" + line for line in lines) for name in range(12)]
+    for name, text in enumerate(files):
+        (tmp_path / f"{name}.py").write_text(text)
+    found = make_prompts([tmp_path], 100, 1, held_out=[files[3], files[7]])
+    assert len(found) == 10
+    assert not [text for text in found if "# file 3\n" in text or "# file 7\n" in text]
+    assert all(text.endswith("\n") and 80 <= len(text) <= 500 for text in found)
+    assert found == make_prompts([tmp_path], 100, 1, held_out=[files[3], files[7]])
+    assert found != make_prompts([tmp_path], 100, 2, held_out=[files[3], files[7]])
+    assert len(make_prompts([tmp_path], 4, 1)) == 4
