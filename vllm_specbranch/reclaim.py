@@ -68,6 +68,10 @@ class TargetBlocks:
         num_free: int = self._pool.get_num_free_blocks()
         return num_free
 
+    def num_for(self, num_tokens: int) -> int:
+        """Blocks, over all groups, that hold so many tokens."""
+        return sum(-(-num_tokens // manager.block_size) for manager in self._managers)
+
     def num_slots(self, request: Request, num_tokens: int) -> int:
         """Tokens that a request has room for once it has the blocks of its first `num_tokens` tokens, in its smallest group."""
         tables = self._tables(request)
@@ -196,6 +200,8 @@ class BlockReclaimer:
         self._counters = counters
         self._limits = limits
         self._may_reclaim = may_reclaim
+        # Of a request that has a block for each computed token, which are all but the newest.
+        self._num_most_missing = self._blocks.num_for(1 + limits.num_lookahead_tokens + limits.num_draft_tokens)
         self._is_pressed = False
         self._changed: set[str] = set()
 
@@ -205,8 +211,12 @@ class BlockReclaimer:
         Returns:
             Room for draft tokens by request id; None if every request can have a full chunk.
         """
-        # Whoever has left had all its blocks freed, and is sent whole if it comes back.
-        self._changed.intersection_update(request.request_id for request in running)
+        if self._changed:
+            # Whoever has left had all its blocks freed, and is sent whole if it comes back.
+            self._changed.intersection_update(request.request_id for request in running)
+        if self._has_plenty(running):
+            self._is_pressed = False
+            return None
         needed = {one.request_id: self._blocks.num_missing(one, self._num_next(one)) for one in running}
         num_needed = sum(needed.values())
         if num_needed > self._blocks.num_free:
@@ -247,6 +257,11 @@ class BlockReclaimer:
                 scheduled.resumed_req_ids.add(request_id)
                 scheduled.all_token_ids.setdefault(request_id, requests[request_id].all_token_ids.copy())
         self._changed.difference_update(scheduled.req_ids)
+
+    def _has_plenty(self, running: Sequence[Request]) -> bool:
+        """Whether a look at the number of requests says that all can have full chunks; spares most steps the count."""
+        is_enough = self._blocks.num_free >= len(running) * self._num_most_missing
+        return is_enough and all(one.num_computed_tokens >= one.num_tokens - 1 for one in running)
 
     def _reclaim(self, running: Sequence[Request], num_blocks: int) -> None:
         givers = {

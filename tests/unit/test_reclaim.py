@@ -83,6 +83,19 @@ def test_with_a_block_for_every_full_chunk_none_is_cut(config: VllmConfig) -> No
     assert status(engine)["num_short_steps"] == 0
 
 
+def test_plenty_is_no_more_than_what_full_chunks_could_need(config: VllmConfig) -> None:
+    """With that many free blocks nobody counts; with one fewer the count says the same."""
+    engine = engine_with(config, 15, 14, 13, num_free=3)
+    reclaimer = engine.scheduler._reclaimer
+    assert reclaimer._has_plenty(engine.scheduler.running)
+    needs = [reclaimer._blocks.num_missing(one, one.num_tokens + GAMMA) for one in engine.scheduler.running]
+    assert sum(needs) == 3
+    hog(engine, 2)
+    assert not reclaimer._has_plenty(engine.scheduler.running)
+    engine.add([60] * 40, 20)
+    assert not reclaimer._has_plenty([*engine.scheduler.running, *engine.scheduler.waiting]), "a prompt needs more"
+
+
 def test_a_block_for_the_next_token_has_room_for_drafts_and_is_not_given_away(config: VllmConfig) -> None:
     engine = engine_with(config, 16, 14, num_free=1)
     engine.step()
