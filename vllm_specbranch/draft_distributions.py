@@ -5,6 +5,7 @@ form in which a target worker hands them to the scheduler. They travel sparse, a
 makes dense rows of them. Runs in the target's workers and in the EngineCore process.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -12,7 +13,11 @@ import numpy as np
 import numpy.typing as npt
 from vllm.v1.outputs import DraftTokenIds
 
-from vllm_specbranch.messages import Draft
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.messages import MAX_MESSAGE_BYTES, Draft
+from vllm_specbranch.snapshots import Snapshot
+
+logger = logging.getLogger("vllm.specbranch.draft_distributions")
 
 # A distribution that float32 rounded may miss 1 by this much.
 SUM_TOLERANCE = 1e-3
@@ -58,9 +63,24 @@ class SampledDraftTokenIds(DraftTokenIds):
 
     Attributes:
         distributions: by request id; a request without one is verified as one-hot.
+        snapshot: for the metrics; empty on what has none.
     """
 
     distributions: dict[str, ChunkDistributions] = field(default_factory=dict)
+    snapshot: Snapshot = field(default_factory=dict)
+
+
+def most_top_m(config: SpecBranchConfig, max_num_seqs: int) -> int:
+    """`draft_top_m`, or less where the drafts of a full batch would not fit into one message.
+
+    A reply that is too large is lost, and how large it is depends on how much was drawn: that must not decide what is verified.
+    """
+    fitting = MAX_MESSAGE_BYTES // 2 // (8 * max_num_seqs * config.num_speculative_tokens)
+    if fitting < config.draft_top_m:
+        logger.warning(
+            "draft_top_m is lowered from %d to %d to keep replies small.", config.draft_top_m, max(1, fitting)
+        )
+    return max(1, min(config.draft_top_m, fitting))
 
 
 def is_sound(draft: Draft, vocab_size: int) -> bool:

@@ -29,6 +29,8 @@ HUNG_S = 10.0
 PATIENT_WAIT_MS = 100.0
 FIRST_PROBE_S = 0.25
 LONGEST_PROBE_S = 4.0
+# What `DraftLink.state` says of a line that is no more.
+LINK_GONE = {"is_alive": False, "is_ready": False, "is_breaker_open": False}
 
 
 class Server(Protocol):
@@ -105,6 +107,7 @@ class DraftLink:
         self._greeted_s = 0.0
         self._probe_s = FIRST_PROBE_S
         self._next_probe_s = 0.0
+        self._is_alive = False
         self.is_up = False
         self.generation = 0
         self.draft_max_model_len = 0
@@ -119,9 +122,18 @@ class DraftLink:
         """Undecodable messages on the present channel."""
         return self._channel.num_dropped if self._channel else 0
 
+    def state(self) -> dict[str, bool]:
+        """Whether there was a server at the last `poll`, whether it answers, and whether it has gone silent; for the metrics."""
+        return {
+            "is_alive": self._is_alive,
+            "is_ready": self.is_up,
+            "is_breaker_open": self._silent_since_s is not None,
+        }
+
     def poll(self) -> None:
         """Look after the line: start or restart the server, shake hands, probe a silent one. Never waits."""
-        if self._server.is_running():
+        self._is_alive = self._server.is_running()
+        if self._is_alive:
             self._poll_running()
         else:
             self._lose_server()

@@ -17,7 +17,7 @@ from typing import Any, Literal
 from vllm_specbranch.errors import PatchError
 
 Kind = Literal["wrap", "add", "replace"]
-Process = Literal["frontend", "worker", "scheduler"]
+Process = Literal["frontend", "worker", "scheduler", "metrics"]
 
 ABSENT = "absent"
 """The fingerprint of a symbol that upstream does not have: what an `add` record lists."""
@@ -150,8 +150,8 @@ def render_readme(patches: Sequence[Patch]) -> str:
         "",
         "Generated from the records by `python -m vllm_specbranch.patches > patches/README.md`; a test fails when it",
         "drifts. `frontend` patches are always applied and pass everything through that is not ours; `worker` patches",
-        "are applied by our worker class only, so with another method, or none, vLLM is untouched. `--fingerprints`",
-        "prints those of the installed vLLM.",
+        "are applied by our worker class only, `metrics` patches where settings that choose us become a config, so with",
+        "another method, or none, vLLM is untouched. `--fingerprints` prints those of the installed vLLM.",
         "",
         "| upstream symbol | kind | process | why | can go when | verified with (sha256 of the source) |",
         "| --- | --- | --- | --- | --- | --- |",

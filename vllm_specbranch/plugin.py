@@ -1,7 +1,8 @@
 """The entry point that vLLM calls in each of its processes, and the one place that knows which patches exist.
 
 Owns: when patches are applied. Does not own what they do (`vllm_specbranch.patches`). `register` runs in every vLLM
-process, `apply_worker_patches` in target workers that use our worker class.
+process, `apply_worker_patches` in target workers that use our worker class, `apply_metrics_patches` in processes that make an
+engine with our method.
 """
 
 import logging
@@ -11,6 +12,7 @@ from vllm_specbranch.errors import PatchError
 from vllm_specbranch.patches import (
     arg_utils,
     gpu_model_runner,
+    loggers,
     rejection_sampler,
     sampler,
     sampling_params,
@@ -24,7 +26,7 @@ logger = logging.getLogger("vllm.specbranch.plugin")
 
 def all_patches() -> tuple[Patch, ...]:
     """Return every patch record. Imports no upstream module."""
-    files = (arg_utils, sampling_params, rejection_sampler, topk_topp_sampler, sampler, gpu_model_runner)
+    files = (arg_utils, sampling_params, rejection_sampler, topk_topp_sampler, sampler, gpu_model_runner, loggers)
     return tuple(patch for file in files for patch in file.PATCHES)
 
 
@@ -51,6 +53,15 @@ def apply_worker_patches() -> None:
         PatchError: as `patching.apply`.
     """
     _apply("worker")
+
+
+def apply_metrics_patches() -> None:
+    """Apply the patches of a process that makes an engine with our method. Called before the engine's loggers exist.
+
+    Raises:
+        PatchError: as `patching.apply`.
+    """
+    _apply("metrics")
 
 
 def _apply(process: Process) -> None:

@@ -25,15 +25,15 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specbranch import messages
-from vllm_specbranch.config import SpecBranchConfig
-from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds, is_sound
-from vllm_specbranch.draft_link import DraftLink
+from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds, is_sound, most_top_m
+from vllm_specbranch.draft_link import LINK_GONE, DraftLink
 from vllm_specbranch.draft_sampling import seeded_key, unseeded_key
 from vllm_specbranch.draft_side import make_link
 from vllm_specbranch.engine_pace import EnginePace
 from vllm_specbranch.metrics import EngineCounters, rates
 from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
 from vllm_specbranch.scorer import Scorer
+from vllm_specbranch.snapshots import SnapshotMaker
 from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
 from vllm_specbranch.target_head import FeatureObserver, TargetHead
 
@@ -86,19 +86,6 @@ def _survives(
     return decorate
 
 
-def most_top_m(config: SpecBranchConfig, max_num_seqs: int) -> int:
-    """`draft_top_m`, or less where the drafts of a full batch would not fit into one message.
-
-    A reply that is too large is lost, and how large it is depends on how much was drawn: that must not decide what is verified.
-    """
-    fitting = messages.MAX_MESSAGE_BYTES // 2 // (8 * max_num_seqs * config.num_speculative_tokens)
-    if fitting < config.draft_top_m:
-        logger.warning(
-            "draft_top_m is lowered from %d to %d to keep replies small.", config.draft_top_m, max(1, fitting)
-        )
-    return max(1, min(config.draft_top_m, fitting))
-
-
 def _num_decode_tokens(scheduled: SchedulerOutput) -> int:
     """Tokens of a step that verifies and does nothing else; 0 for one with a prefill."""
     num_verified = len(scheduled.num_scheduled_tokens) + sum(map(len, scheduled.scheduled_spec_decode_tokens.values()))
@@ -134,6 +121,7 @@ class Proposer:
         self._head = TargetHead(speculative.feature_layers, self._config.trained_head, self.counters)
         self.feature_observer: FeatureObserver | None = None
         self.draft_observer: Callable[[messages.Draft], None] | None = None
+        self._snapshots = SnapshotMaker()
         self._runner: _Runner | None = None
         self._link: DraftLink | None = None
         self._expected: dict[str, int] = {}
@@ -297,6 +285,7 @@ class Proposer:
         if reply is None:
             return None
         self.counters.num_replies += 1
+        self._snapshots.update(reply.report)
         self._known.difference_update(reply.unknown)
         drafts = SampledDraftTokenIds([], [])
         for draft in reply.drafts:
@@ -305,6 +294,18 @@ class Proposer:
             if expected.get(draft.request_id) == draft.position:
                 self._hand_over(draft, drafts)
         return drafts
+
+    @_survives(lambda drafts: drafts)
+    def with_snapshot(self, drafts: DraftTokenIds | None) -> DraftTokenIds | None:
+        """Let the numbers for `/metrics` go to the scheduler with a step's drafts, also where there are none; output rank only."""
+        if self._link is None and not self._has_given_up:
+            return drafts
+        ours = drafts if isinstance(drafts, SampledDraftTokenIds) else SampledDraftTokenIds([], [])
+        state = {"has_given_up": self._has_given_up, "reply_timeout_s": self._pace.reply_timeout_ms / 1e3}
+        ours.snapshot = self._snapshots.make(
+            self.counters.as_dict(), state | (self._link.state() if self._link else LINK_GONE)
+        )
+        return ours
 
     def _hand_over(self, draft: messages.Draft, drafts: SampledDraftTokenIds) -> None:
         """Add one request's draft to what goes to the scheduler."""

@@ -6,16 +6,20 @@ KV blocks run short is in `reclaim`. Runs in the EngineCore process.
 """
 
 import logging
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds
 
+from vllm_specbranch import stat_logger
 from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds
 from vllm_specbranch.metrics import SchedulerCounters
 from vllm_specbranch.reclaim import BlockReclaimer, StepLimits, why_not
+from vllm_specbranch.snapshots import MetricsFeed
 from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
 
 logger = logging.getLogger("vllm.specbranch.scheduler")
@@ -42,6 +46,7 @@ class SpecBranchScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._draft_distributions: dict[str, ChunkDistributions] = {}
+        self._metrics_feed = MetricsFeed()
         self._counters = SchedulerCounters()
         self._reclaim_blocks = self._whether_to_reclaim()
         self._reclaimer = BlockReclaimer(
@@ -114,9 +119,19 @@ class SpecBranchScheduler(Scheduler):
         super().update_draft_token_ids(draft_token_ids)
         if not isinstance(draft_token_ids, SampledDraftTokenIds):
             return
+        if draft_token_ids.snapshot:
+            self._metrics_feed.update(draft_token_ids.snapshot)
         for request_id in draft_token_ids.req_ids:
             known = draft_token_ids.distributions.get(request_id)
             if known is None or request_id not in self.requests:
                 self._draft_distributions.pop(request_id, None)
             else:
                 self._draft_distributions[request_id] = known
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        """VLLM's statistics of a step; every now and then the news of our metrics ride on them to an API server."""
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            is_idle = not self.has_unfinished_requests()
+            stat_logger.put(self._metrics_feed.take(time.monotonic(), self._counters.as_dict(), is_idle=is_idle), stats)
+        return stats

@@ -22,6 +22,7 @@ from vllm_specbranch.draft_check import DraftModelSpec, check_draft_model
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.head_check import feature_layers
 from vllm_specbranch.keys import client_security
+from vllm_specbranch.plugin import apply_metrics_patches
 
 logger = logging.getLogger("vllm.specbranch.speculative_config")
 
@@ -90,6 +91,7 @@ def build_speculative_config(
         )
     _take_class(target_parallel_config, "worker_cls", ("auto",), _worker_class())
     _take_class(engine_args, "scheduler_cls", (None,), SCHEDULER)
+    apply_metrics_patches()
     return SpecBranchSpeculativeConfig(
         method="custom_class",
         model=PROPOSER,

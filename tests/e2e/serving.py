@@ -18,6 +18,8 @@ from openai import AsyncOpenAI
 
 from tests.e2e.conftest import BLOCK_SIZE, MAX_MODEL_LEN
 from tests.model_paths import DRAFT, REPOSITORY, TARGET
+from vllm_specbranch.metrics import METRICS, PREFIX
+from vllm_specbranch.snapshots import SnapshotMaker
 
 START_TIMEOUT_S = 300.0
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -42,6 +44,11 @@ class Server:
         answer = self.call("/collective_rpc", {"method": "specbranch_status"})["results"][0]
         status: dict[str, Any] = json.loads(answer) if isinstance(answer, str) else answer
         return status
+
+    def metrics(self, prefix: str) -> dict[str, float]:
+        """What `/metrics` has of the one engine, by name without labels."""
+        lines = [line for line in self.call("/metrics").splitlines() if line.startswith(prefix)]
+        return {line.partition("{")[0]: float(line.split()[-1]) for line in lines}
 
     def metric(self, name: str) -> list[float]:
         """All values of a counter on `/metrics`, one per engine."""
@@ -126,3 +133,37 @@ async def stream_completion(
             token_ids += new
             num_chunks += bool(new)
     return token_ids, num_chunks
+
+
+# What goes on after the last reply of all: it is told with the next one. (The proposer's clock runs in the step that closes.)
+AFTER_THE_REPLY = frozenset(
+    {"engine.propose_s"}
+    | {
+        f"server.num_{name}"
+        for name in ("drafted_tokens", "forks", "steps", "rows", "wait_steps", "narrowings", "evictions")
+    }
+)
+
+
+def assert_metrics_are_the_counters(server: Server) -> dict[str, int]:
+    """When all is idle, `/metrics` says what the worker's own report says; returns that, by the keys of `metrics`."""
+    until = time.monotonic() + 10.0
+    while True:
+        status, shown = server.status(), server.metrics(PREFIX)
+        counted = SnapshotMaker().make(status["engine"], {})
+        counted |= {f"server.{name}": count for name, count in status["server"].items()}
+        told = {one.key: round(shown[one.name] / one.unit) for one in METRICS}
+        known = counted.keys() & told.keys()
+        assert len(known) > 25
+        if {key: told[key] for key in known - AFTER_THE_REPLY} == {
+            key: counted[key] for key in known - AFTER_THE_REPLY
+        }:
+            break
+        assert time.monotonic() < until, {key: (told[key], counted[key]) for key in known if told[key] != counted[key]}
+        time.sleep(0.2)
+    assert all(told[key] <= counted[key] for key in known)
+    assert [told[key] for key in ("state.is_alive", "state.is_ready")] == [1, 1]
+    gone = ("is_breaker_open", "has_given_up", "num_requests", "num_queued_rows", "num_blocks_held")
+    assert [told[f"state.{name}"] for name in gone] == [0] * len(gone)
+    assert told["state.num_blocks"] == status["num_blocks"]
+    return told

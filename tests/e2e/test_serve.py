@@ -10,15 +10,25 @@ from typing import Any
 
 import pytest
 from openai import AsyncOpenAI
+from prometheus_client.mmap_dict import MmapedDict
 
 from tests.e2e.conftest import last_core
-from tests.e2e.serving import VLLM, Server, serving, stream_completion
+from tests.e2e.serving import VLLM, Server, assert_metrics_are_the_counters, serving, stream_completion
 from tests.model_paths import TARGET
+from vllm_specbranch.metrics import PREFIX
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("serve"), ["--api-server-count", "2"], last_core()) as running:
+def folder_of_counts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the API servers keep what they have counted, for each other's scrapes."""
+    return tmp_path_factory.mktemp("counts")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, folder_of_counts: Path) -> Iterator[Server]:
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(folder_of_counts)}
+    folder = tmp_path_factory.mktemp("serve")
+    with serving(folder, ["--api-server-count", "2"], last_core(), environment) as running:
         yield running
 
 
@@ -99,3 +109,27 @@ def test_vllm_bench_serve_completes(server: Server, tmp_path: Path) -> None:
 
 def test_vllms_own_counters_see_the_drafts(server: Server) -> None:
     assert sum(server.metric("vllm:spec_decode_num_accepted_tokens_total")) > 0
+
+
+def counts_by_process(folder: Path, name: str) -> list[float]:
+    """What each API server has counted of one counter."""
+    counts = []
+    for path in folder.glob("counter_*.db"):
+        entries = MmapedDict.read_all_values_from_file(str(path))
+        counts.append(sum(value for key, value, _, _ in entries if json.loads(key)[1] == name))
+    return counts
+
+
+def test_our_metrics_are_the_counters_with_two_api_servers(
+    server: Server, prompts: list[list[int]], folder_of_counts: Path
+) -> None:
+    """Each is told of some steps; a scrape of either adds up to all of them."""
+    before = assert_metrics_are_the_counters(server)
+    for prompt in prompts[:16]:
+        server.call("/v1/completions", {"model": "pair", "prompt": prompt, "max_tokens": 24, "ignore_eos": True})
+    after = assert_metrics_are_the_counters(server)
+    assert after["server.num_hits"] > before["server.num_hits"]
+    assert after["server.num_rounds"] == after["server.num_hits"] + after["server.num_misses"]
+    hits = [count for count in counts_by_process(folder_of_counts, f"{PREFIX}hits_total") if count]
+    assert len(hits) == 2
+    assert sum(hits) == after["server.num_hits"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from vllm_specbranch import messages
-from vllm_specbranch.draft_link import HUNG_S, SILENCE_S, DraftLink
+from vllm_specbranch.draft_link import HUNG_S, LINK_GONE, SILENCE_S, DraftLink
 from vllm_specbranch.metrics import EngineCounters
 from vllm_specbranch.placement import LONGEST_START_S
 from vllm_specbranch.transport import ClientChannel, ServerEndpoint, memory_pair
@@ -250,6 +250,25 @@ def test_a_dead_server_is_replaced_when_its_back_off_is_over() -> None:
     bench.process.may_start = True
     bench.bring_up()
     assert bench.link.generation == 2
+
+
+def test_the_state_tells_alive_ready_and_silent_apart() -> None:
+    def state(bench: Bench) -> str:
+        bench.link.poll()
+        return " ".join(name.removeprefix("is_") for name, is_so in bench.link.state().items() if is_so)
+
+    bench = Bench()
+    assert state(bench) == "", "it is being started"
+    assert state(bench) == "alive", "it loads its model"
+    bench.bring_up()
+    assert state(bench) == "alive ready"
+    bench.link.receive(1, 50.0)
+    bench.clock.now_s += SILENCE_S + 0.01
+    bench.link.receive(2, 50.0)
+    assert state(bench) == "alive breaker_open"
+    bench.process.running = bench.process.may_start = False
+    assert state(bench) == ""
+    assert set(LINK_GONE) == set(bench.link.state()) and not any(LINK_GONE.values())
 
 
 def test_a_server_that_does_not_read_opens_the_breaker() -> None:

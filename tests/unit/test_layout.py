@@ -51,7 +51,7 @@ ROOMS = {
     "draft_ablations": room("acceptance draft_peers draft_server errors planner"),
     "draft_check": room("config errors", "vllm huggingface_hub"),
     "draft_deterministic": room("draft_peers draft_request draft_server draft_work errors messages"),
-    "draft_distributions": room("messages", "numpy vllm"),
+    "draft_distributions": room("config messages snapshots", "numpy vllm"),
     "draft_identity": room(),
     "draft_link": room("config errors messages metrics transport"),
     "draft_loop": room("draft_server draft_steps errors messages token_tree transport", "msgspec"),
@@ -106,8 +106,8 @@ ROOMS = {
     "plugin": room("errors patches patching", "vllm"),
     "prompts": room("errors"),
     "proposer": room(
-        "config draft_distributions draft_link draft_sampling draft_side engine_pace errors messages metrics scheduler scorer "
-        "speculative_config target_head transport",
+        "config draft_distributions draft_link draft_sampling draft_side engine_pace errors messages metrics scheduler "
+        "scorer snapshots speculative_config target_head transport",
         "numpy torch vllm",
     ),
     "provenance": room("", "psutil"),
@@ -124,14 +124,18 @@ ROOMS = {
     ),
     "report": room("measure_messages metrics"),
     "reclaim": room("metrics", "vllm"),
-    "scheduler": room("config draft_distributions errors metrics reclaim speculative_config", "vllm"),
+    "scheduler": room(
+        "config draft_distributions errors metrics reclaim snapshots speculative_config stat_logger", "vllm"
+    ),
     "scorer": room("draft_distributions errors metrics", "numpy torch vllm"),
     "shipped_pair": room(),
-    "speculative_config": room("config draft_check errors head_check keys", "pydantic vllm"),
+    "snapshots": room("messages metrics"),
+    "speculative_config": room("config draft_check errors head_check keys plugin", "pydantic vllm"),
     "standalone": room(
         "addresses config draft_identity draft_loop draft_main draft_model draft_sessions draft_work errors keys kv_blocks "
         "transport"
     ),
+    "stat_logger": room("metrics", "vllm"),
     "target_head": room("errors head_features length_head metrics", "numpy torch"),
     "token_tree": room("errors"),
     "transport": room("addresses errors keys messages rates zmq_port", "zmq"),
@@ -143,7 +147,7 @@ ROOMS = {
     "worker": room("errors plugin proposer scheduler", "vllm"),
     "zmq_port": room("addresses errors keys rates", "zmq"),
 }
-PATCH_ROOM = room("config errors patching plugin proposer speculative_config", "torch vllm")
+PATCH_ROOM = room("config errors patching plugin proposer speculative_config stat_logger", "torch vllm")
 
 # Where a habit may be broken, and why.
 MAY_READ_ENVIRONMENT = {"config.py": "the only reader; it also makes the environment of the draft server"}

@@ -12,6 +12,7 @@ import pytest
 from vllm_specbranch import patches, patching, plugin
 
 FRONTEND = [patch for patch in plugin.all_patches() if patch.process == "frontend"]
+METRICS = [patch for patch in plugin.all_patches() if patch.process == "metrics"]
 WORKER = [patch for patch in plugin.all_patches() if patch.process == "worker"]
 
 
@@ -45,12 +46,21 @@ def warnings() -> Iterator[list[str]]:
 def namespaces() -> list[Any]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.sampling_params import SamplingParams
+    from vllm.v1.metrics.loggers import StatLoggerManager
     from vllm.v1.sample import rejection_sampler
     from vllm.v1.sample.ops import topk_topp_sampler
     from vllm.v1.sample.sampler import Sampler
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    holders = (EngineArgs, SamplingParams, GPUModelRunner, Sampler, rejection_sampler, topk_topp_sampler)
+    holders = (
+        EngineArgs,
+        SamplingParams,
+        GPUModelRunner,
+        Sampler,
+        rejection_sampler,
+        topk_topp_sampler,
+        StatLoggerManager,
+    )
     return [dict(vars(holder)) for holder in holders]
 
 
@@ -90,12 +100,22 @@ def test_register_applies_the_frontend_hooks_only_and_only_once(untouched_vllm: 
     assert namespaces() == before
 
 
+def test_metrics_patches_are_applied_when_settings_that_choose_us_become_a_config(untouched_vllm: None) -> None:
+    before = namespaces()
+    plugin.apply_metrics_patches()
+    plugin.apply_metrics_patches()
+    assert [patch for patch in plugin.all_patches() if patching.is_applied(patch)] == METRICS
+    assert len(METRICS) == 1
+    patching.revert(METRICS)
+    assert namespaces() == before
+
+
 def test_worker_patches_are_the_rest(untouched_vllm: None) -> None:
     before = namespaces()
     plugin.apply_worker_patches()
     plugin.apply_worker_patches()
     assert all(patching.is_applied(patch) for patch in WORKER)
-    assert {patch.process for patch in plugin.all_patches()} == {"frontend", "worker"}
+    assert {patch.process for patch in plugin.all_patches()} == {"frontend", "worker", "metrics"}
     patching.revert(WORKER)
     assert namespaces() == before
 

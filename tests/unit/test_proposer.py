@@ -6,15 +6,17 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.core.sched.output import CachedRequestData
+from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specbranch import messages, proposer
 from vllm_specbranch.config import SpecBranchConfig
-from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds
+from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds, most_top_m
 from vllm_specbranch.draft_sampling import seeded_key, unseeded_key
 from vllm_specbranch.proposer import Proposer
 from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
@@ -38,6 +40,9 @@ class Line:
     def poll(self) -> None:
         if self.breaks:
             raise RuntimeError("a bug of ours")
+
+    def state(self) -> dict[str, bool]:
+        return {"is_alive": True, "is_ready": self.is_up, "is_breaker_open": False}
 
     def send(self, message: messages.EngineMessage) -> bool:
         if self.breaks:
@@ -436,8 +441,44 @@ def test_a_full_batch_of_distributions_fits_into_one_message(
     wanted: int, gamma: int, max_num_seqs: int, expected: int
 ) -> None:
     config = SpecBranchConfig.from_user({"model": "m", "draft_top_m": wanted, "num_speculative_tokens": gamma})
-    top_m = proposer.most_top_m(config, max_num_seqs)
+    top_m = most_top_m(config, max_num_seqs)
     assert top_m == expected
     packed = b"x" * (4 * gamma * top_m)
     draft = messages.Draft("request-0123456789", 10**6, [10**6] * gamma, True, packed, packed, [])
     assert messages.encode(messages.DraftBatch(1, True, [draft] * max_num_seqs, []))
+
+
+def snapshot_of(bench: Bench, drafts: DraftTokenIds | None) -> dict[str, int]:
+    ours = bench.proposer.with_snapshot(drafts)
+    assert isinstance(ours, SampledDraftTokenIds)
+    return ours.snapshot
+
+
+def test_the_numbers_for_metrics_go_with_drafts_and_without_any(bench: Bench) -> None:
+    bench.begin({"a": [1, 2, 3]})
+    bench.propose({"a": [4]})
+    report = messages.Report(1, 1, 0, 2, 64, {"num_hits": 5})
+    bench.line.replies = [msgspec.structs.replace(reply(1, {"a": (4, [5, 6])}), report=report)]
+    drafts = bench.proposer.take_draft_token_ids()
+    assert bench.proposer.with_snapshot(drafts) is drafts, "the drafts themselves stay as they are"
+    seen = snapshot_of(bench, drafts)
+    assert (seen["server.num_hits"], seen["engine.num_replies"], seen["state.is_ready"]) == (5, 1, 1)
+    assert (seen["state.num_blocks_held"], seen["state.has_given_up"]) == (2, 0)
+
+    bench.begin()
+    bench.line.is_up = False
+    bench.propose({"a": [5]})
+    assert bench.proposer.take_draft_token_ids() is None
+    seen = snapshot_of(bench, None)
+    assert (seen["server.num_hits"], seen["state.is_ready"]) == (5, 0), "an outage shows, and no counter goes back"
+
+
+def test_an_engine_that_has_given_up_says_so(bench: Bench) -> None:
+    bench.proposer.give_up()
+    seen = snapshot_of(bench, None)
+    assert [seen[f"state.{name}"] for name in ("has_given_up", "is_alive", "is_ready")] == [1, 0, 0]
+
+
+def test_ranks_that_draft_for_nobody_have_no_numbers(bench: Bench) -> None:
+    bench.proposer._link = None
+    assert bench.proposer.with_snapshot(None) is None

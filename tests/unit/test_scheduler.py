@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 from vllm.v1.core.sched.output import CachedRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import DraftTokenIds
 
+from vllm_specbranch import stat_logger
 from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds
 from vllm_specbranch.metrics import SchedulerCounters
 from vllm_specbranch.scheduler import SpecBranchScheduler
+from vllm_specbranch.snapshots import MetricsFeed
 
 
 def request(name: str, num_tokens: int) -> Any:
@@ -105,3 +108,26 @@ def test_each_step_reports_whether_blocks_are_reclaimed_and_what_was_counted(sch
     step(scheduler, {}, preempted={"a", "b"})
     status = step(scheduler, {}, preempted={"a"}).scheduler_status
     assert status == {"reclaim_blocks": "on"} | SchedulerCounters(num_preemptions=3).as_dict()
+
+
+def test_news_of_the_metrics_ride_on_the_statistics_of_a_step(scheduler: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 1}), SchedulerStats(), None]
+    monkeypatch.setattr(Scheduler, "make_stats", lambda self, *given: made.pop(0))
+    monkeypatch.setattr(Scheduler, "has_unfinished_requests", lambda self: bool(self.running))
+    scheduler._metrics_feed = MetricsFeed()
+    scheduler.update_draft_token_ids(
+        SampledDraftTokenIds([], [], snapshot={"server.num_hits": 5, "state.num_requests": 2})
+    )
+    scheduler.update_draft_token_ids(SampledDraftTokenIds([], []))
+    scheduler._counters.num_reclaimed_blocks = 3
+    run(scheduler, request("a", 5))
+    stats = scheduler.make_stats("as vLLM calls it")
+    assert stat_logger.take(stats) == {
+        "server.num_hits": 5,
+        "state.num_requests": 2,
+        "scheduler.num_reclaimed_blocks": 3,
+    }
+    assert stats.num_kv_fetch_reqs_by_stage == {"in_progress": 1}
+    run(scheduler)
+    assert stat_logger.take(scheduler.make_stats()) == {"state.num_requests": 0}, "the last request is gone"
+    assert scheduler.make_stats() is None, "statistics are off"
