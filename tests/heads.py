@@ -5,7 +5,6 @@ from typing import Any
 
 from tests.model_paths import DRAFT, TARGET
 
-KINDS = ("0", "1", "2", "random")
 HIDDEN_SIZE = 256
 NUM_TARGET_LAYERS = 6
 
