@@ -115,6 +115,8 @@ def test_features_are_transformers_hidden_states_and_any_head_leaves_greedy_answ
     assert all(found[kind] >= 3 for kind in ("first", "none accepted", "some", "all")), found
     assert result["metrics"]["vllm:num_preemptions"] > 0
     before = num_classes(result["jobs"][0]["status"])
+    engine = result["jobs"][0]["status"]["engine"]
+    print(f"head: {1e6 * engine['head_s'] / engine['num_commit_batches']:.0f} us a step, observer not counted")
     assert sum(before) == len(records)
     assert min(before) > 0, "a random head says everything"
     for kind, done in zip(heads, result["jobs"][1:], strict=True):
