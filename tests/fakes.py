@@ -30,7 +30,9 @@ def predict(
 
 def distribution(rng: random.Random, vocab_size: int, sampling: Sampling) -> Candidates:
     """A random distribution at a temperature, truncated to its `top_m` best tokens and renormalised."""
-    weights = [math.exp(rng.gauss(0.0, 2.0) / sampling.temperature) for _ in range(vocab_size)]
+    logits = [rng.gauss(0.0, 2.0) / sampling.temperature for _ in range(vocab_size)]
+    best = max(logits)
+    weights = [math.exp(one - best) for one in logits]
     ids = sorted(range(vocab_size), key=lambda token: -weights[token])[: sampling.top_m]
     total = sum(weights[token] for token in ids)
     return Candidates(tuple(ids), tuple(weights[token] / total for token in ids))

@@ -39,7 +39,7 @@ some_tokens = st.lists(int32s, min_size=1, max_size=8)
 durations_us = st.floats(0, 1e15)
 durations_ms = st.floats(0, 60_000)
 
-samplings = st.builds(Sampling, st.floats(1e-6, 2.0), st.integers(1, 1024), counts)
+samplings = st.builds(Sampling, st.floats(1e-5, 2.0), st.integers(1, 1024), counts)
 opens = st.builds(Open, identifiers, some_tokens, st.none() | samplings)
 commits = st.builds(Commit, identifiers, int32s, some_tokens, counts, st.none() | st.integers(0, 2))
 paces = st.builds(Pace, counts, durations_us, durations_us)

@@ -36,7 +36,8 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=_MAX_INT32)]
 DurationMs = Annotated[float, msgspec.Meta(ge=0.0, le=60_000.0)]
 SomeTokens = Annotated[list[Token], msgspec.Meta(min_length=1)]
 Identifier = Annotated[str, msgspec.Meta(max_length=MAX_ID_LENGTH)]
-Temperature = Annotated[float, msgspec.Meta(gt=0.0, le=2.0)]  # As in vLLM.
+# As in vLLM, which is greedy below; a logit divided by much less is no number any more.
+Temperature = Annotated[float, msgspec.Meta(ge=1e-5, le=2.0)]
 TopM = Annotated[int, msgspec.Meta(ge=1, le=MAX_TOP_M)]
 Packed = Annotated[bytes, msgspec.Meta(max_length=4 * MAX_CHUNK * MAX_TOP_M)]  # Four-byte numbers, little-endian.
 DurationUs = Annotated[float, msgspec.Meta(ge=0.0, le=_MAX_US)]

@@ -9,6 +9,7 @@ from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_main import make_server
 from vllm_specbranch.draft_sessions import LEASE_S, Offer, SharedDraftServer
 from vllm_specbranch.draft_work import Limits
+from vllm_specbranch.errors import WireError
 from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.messages import (
     Commit,
@@ -71,7 +72,7 @@ def bench() -> Bench:
     [
         (TERMS, 51, "vocabulary has 51 tokens, the draft's 50"),
         (Terms("another", "float32", 4), 50, "another draft model"),
-        (Terms("identity", "bfloat16", 4), 50, "expects a draft model in bfloat16, this server's is in float32"),
+        (Terms("identity", "bfloat16", 4), 50, "expects a draft model in 'bfloat16', this server's is in float32"),
         (Terms("identity", "float32", 3), 50, "takes at most 3 draft tokens, this server drafts up to 4"),
         (None, 50, "does not say what it expects"),
     ],
@@ -177,6 +178,18 @@ def test_what_is_over_an_engines_limits_stays_unknown(bench: Bench, monkeypatch:
     bench.say(ONE, StepBegin([Open("d", [1, 2, 3], None)], ["a"]))
     assert bench.commit(ONE, "d").unknown == []
     assert bench.server.counters.num_turned_away == 2
+
+
+def test_the_log_is_not_for_engines_to_fill(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(50):
+        bench.greet(ONE, Terms("identity", "float64\nforged line", 4))
+        bench.server.refuse(WireError("a token outside the vocabulary"))
+    assert bench.server.counters.num_refused_messages == 50
+    (record,) = caplog.records
+    assert "\n" not in record.message
+    bench.clock.now_s += draft_sessions.WARNING_PERIOD_S
+    bench.server.refuse(WireError("a token outside the vocabulary"))
+    assert len(caplog.records) == 2
 
 
 def test_no_sequence_outgrows_the_model(bench: Bench) -> None:

@@ -67,7 +67,7 @@ ROOMS = {
     "draft_runtime": room("draft_model errors kv_blocks messages", "numpy psutil torch vllm"),
     "draft_sampling": room(),
     "draft_server": room("draft_peers draft_request draft_steps draft_work errors messages planner token_tree"),
-    "draft_sessions": room("draft_server messages"),
+    "draft_sessions": room("draft_server errors messages"),
     "draft_side": room(
         "config draft_check draft_identity draft_link draft_model keys messages metrics placement remote_server transport",
         "vllm",
