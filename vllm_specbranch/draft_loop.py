@@ -28,6 +28,8 @@ from vllm_specbranch.transport import ServerEndpoint
 logger = logging.getLogger("vllm.specbranch.draft_loop")
 
 IDLE_WAIT_MS = 500.0
+# Messages taken in before drafting goes on: more than all engines have to say at once, and no flood keeps the server from working.
+MOST_MESSAGES = 256
 # A forward that takes this long never ends: the device hangs. What has been silent for so long is killed by the engine as well.
 LONGEST_FORWARD_S = 10.0
 # Exit status of a process whose forward hangs; its supervisor starts another.
@@ -141,16 +143,17 @@ def _serve_by_turns(server: DraftServer, endpoint: ServerEndpoint) -> None:
 
 
 def _take_in(server: DraftServer, endpoint: ServerEndpoint, wait_ms: float) -> None:
-    """Handle all messages that have arrived, after waiting for the first; answer at once what can be."""
-    received = endpoint.recv(wait_ms)
-    while received is not None:
+    """Handle the messages that have arrived, after waiting for the first; answer at once what can be."""
+    for index in range(MOST_MESSAGES):
+        received = endpoint.recv(0.0 if index else wait_ms)
+        if received is None:
+            return
         peer, message = received
         try:
             replies = server.handle(peer, message)
         except WireError as error:
             replies = [(peer, server.refuse(error))]
         _send(server, endpoint, replies)
-        received = endpoint.recv(0.0)
 
 
 def _send(server: DraftServer, endpoint: ServerEndpoint, replies: Iterable[Reply]) -> None:

@@ -42,3 +42,7 @@ class OutOfBlocksError(KVError):
 
 class WireError(SpecBranchError):
     """Bytes from a peer are not a message of ours: malformed, truncated, oversized, or of another version."""
+
+
+class VersionError(WireError):
+    """Bytes from a peer are a message of another version of the protocol."""

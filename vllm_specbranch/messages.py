@@ -15,7 +15,7 @@ from typing import Annotated, TypeVar
 
 import msgspec
 
-from vllm_specbranch.errors import WireError
+from vllm_specbranch.errors import VersionError, WireError
 
 PROTOCOL_VERSION = 3
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # 3.3 million tokens at msgpack's 5 bytes each; includes the version byte.
@@ -369,7 +369,7 @@ def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[_M], origin: str) -> _
     if len(data) > MAX_MESSAGE_BYTES:
         raise WireError(f"a message {origin} has {len(data)} bytes, over the limit of {MAX_MESSAGE_BYTES} bytes")
     if data[0] != PROTOCOL_VERSION:
-        raise WireError(f"a message {origin} has protocol version {data[0]}; this side speaks {PROTOCOL_VERSION}")
+        raise VersionError(f"a message {origin} has protocol version {data[0]}; this side speaks {PROTOCOL_VERSION}")
     try:
         return decoder.decode(memoryview(data)[1:])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:  # msgspec lets broken UTF-8 through as the latter.

@@ -71,7 +71,7 @@ def run(settings: StandaloneSettings, write: Callable[[str], None]) -> int:
     server = _load(config, settings)
     endpoint = bind(settings.bind, security)
     try:
-        _end_on_signals(server)
+        end_on_signals(server)
         write(f"draft server ready at {endpoint.address}: {config.model}, {server.kv.num_blocks} KV blocks\n")
         serve(server, endpoint)
         take_leave(server, endpoint)
@@ -147,7 +147,9 @@ def _load(config: SpecBranchConfig, settings: StandaloneSettings) -> SharedDraft
     return server
 
 
-def _end_on_signals(server: SharedDraftServer) -> None:
+def end_on_signals(server: SharedDraftServer) -> None:
+    """Let SIGTERM and SIGINT end the serving loop, once the draft step under way is done."""
+
     def stop(number: int, frame: object) -> None:
         del number, frame
         server.is_stopping = True

@@ -22,7 +22,7 @@ import zmq
 
 from vllm_specbranch import messages
 from vllm_specbranch.addresses import ipc_path, is_tcp, tcp_host_and_port
-from vllm_specbranch.errors import WireError
+from vllm_specbranch.errors import VersionError, WireError
 from vllm_specbranch.keys import ClientKeys, ClientSecurity, ServerKeys, ServerSecurity
 from vllm_specbranch.messages import EngineMessage, ServerMessage
 from vllm_specbranch.rates import Rates
@@ -292,7 +292,12 @@ class _Server(_Channel[tuple[bytes, EngineMessage]]):
 
     def __init__(self, link: _Link, name: str) -> None:
         def read(frames: Frames) -> tuple[bytes, EngineMessage]:
-            return frames[0], messages.decode_for_server(_only(frames[1:]))
+            try:
+                return frames[0], messages.decode_for_server(_only(frames[1:]))
+            except VersionError as error:
+                # It cannot be read there either, but its version can: both logs say what is wrong.
+                self.send(frames[0], messages.Refused("", str(error), True))
+                raise
 
         super().__init__(link, read, f"the draft server's end of {name}")
         self.address = name

@@ -85,6 +85,22 @@ def test_server_drops_garbage_and_goes_on(pair: Pair, caplog: pytest.LogCaptureF
     assert "empty" in caplog.text
 
 
+def test_an_engine_of_another_version_learns_of_it(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client, server = pair
+    ours = messages.PROTOCOL_VERSION
+    inject(client, bytes([ours + 1]) + encode(HELLO)[1:])
+    assert server.recv(100) is None
+    assert f"has protocol version {ours + 1}; this side speaks {ours}" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(messages, "PROTOCOL_VERSION", ours + 1)  # From here on as in the other process.
+    deadline = time.monotonic() + SOON_MS / 1000
+    while not client.num_dropped and time.monotonic() < deadline:
+        assert client.recv(20) is None
+    assert f"has protocol version {ours}; this side speaks {ours + 1}" in caplog.text
+
+
 def test_what_cannot_be_sent_is_false_and_logged_once(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
     client, server = pair
     peer = introduce(client, server)

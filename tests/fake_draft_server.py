@@ -1,0 +1,39 @@
+"""A draft server process with a fake model and everything else real: `python -m tests.fake_draft_server ADDRESS KEYS|insecure`.
+
+Says `ready ADDRESS` when it listens. Ends like `vllm-specbranch draft-server`.
+"""
+
+import sys
+
+from tests.draft_engine import BLOCK_SIZE
+from tests.fakes import FakeDraftModel
+from vllm_specbranch import standalone
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.draft_loop import serve
+from vllm_specbranch.draft_main import make_server
+from vllm_specbranch.draft_sessions import Offer, SharedDraftServer
+from vllm_specbranch.draft_work import Limits
+from vllm_specbranch.keys import INSECURE, load_server_keys
+from vllm_specbranch.kv_blocks import KVBlocks
+from vllm_specbranch.transport import bind
+
+OFFER = Offer("identity", "float32", 4)
+
+
+def main() -> None:
+    address, keys = sys.argv[1:]
+    config = SpecBranchConfig.from_user({"model": "fake", "num_speculative_tokens": 4, "on_miss": "wait:1"})
+    model = FakeDraftModel(400, BLOCK_SIZE)
+    server = make_server(config, model, KVBlocks(400, BLOCK_SIZE), Limits(), offer=OFFER)
+    assert isinstance(server, SharedDraftServer)
+    endpoint = bind(address, INSECURE if keys == INSECURE else load_server_keys(keys))
+    standalone.end_on_signals(server)
+    sys.stdout.write(f"ready {endpoint.address}\n")
+    sys.stdout.flush()
+    serve(server, endpoint)
+    standalone.take_leave(server, endpoint)
+    endpoint.close(standalone.LINGER_MS)
+
+
+if __name__ == "__main__":
+    main()
