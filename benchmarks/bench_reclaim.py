@@ -170,8 +170,9 @@ def engine_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def virtual_table(rows: Sequence[dict[str, Any]]) -> str:
     """A line per load: preemptions and computed tokens in each way."""
-    headers = ["acceptance", "pool", *(f"preemptions, {way}" for way in WAYS), "blocks reclaimed"]
-    headers += [f"draft tokens cut, {way}" for way in WAYS[1:]] + [f"steps, {way}" for way in WAYS]
+    headers = ["acceptance", "pool", *(f"preemptions, {way}" for way in WAYS)]
+    headers += [f"blocks back, {way}" for way in ("reclaim", "both")]
+    headers += [f"tokens cut, {way}" for way in ("cut", "both")] + [f"steps, {way}" for way in WAYS]
     lines = []
     for first in range(0, len(rows), len(WAYS)):
         ways = rows[first : first + len(WAYS)]
@@ -180,8 +181,8 @@ def virtual_table(rows: Sequence[dict[str, Any]]) -> str:
                 f"{ways[0]['acceptance']:.1f}",
                 f"{ways[0]['pool_share']:.0%}",
                 *(f"{way['num_preemptions']:.1f}" for way in ways),
-                f"{ways[-1]['num_reclaimed_blocks']:.1f}",
-                *(f"{way['num_cut_draft_tokens']:.0f}" for way in ways[1:]),
+                *(f"{way['num_reclaimed_blocks']:.1f}" for way in ways if way["way"] in ("reclaim", "both")),
+                *(f"{way['num_cut_draft_tokens']:.0f}" for way in ways if way["way"] in ("cut", "both")),
                 *(f"{way['num_steps']:.0f}" for way in ways),
             ]
         )

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-# Draft tokens take blocks as any tokens do, and vLLM preempts for them; chunks are cut when blocks are short; and blocks that
-# only rejected ones had needed are taken back as well.
-WAYS = ("vllm", "cut", "reclaim")
+# Draft tokens take blocks as any tokens do, and vLLM preempts for them; blocks that only rejected ones had needed are taken back
+# when a next token finds none, and chunks stay whole; chunks are cut when blocks are short; and both.
+WAYS = ("vllm", "reclaim", "cut", "both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +106,12 @@ class VirtualScheduler:
                 "method": "specbranch",
                 "model": self._draft,
                 "num_speculative_tokens": load.num_draft_tokens,
-                "reclaim_blocks": way == "reclaim",
+                "reclaim_blocks": way in ("reclaim", "both"),
             },
         ).create_engine_config()
         config.cache_config.num_gpu_blocks = load.num_blocks
         spec = FullAttentionSpec(block_size=load.block_size, num_kv_heads=1, head_size=1, dtype=torch.float32)
-        return (Uncut if way == "vllm" else SpecBranchScheduler)(
+        return (Uncut if way in ("vllm", "reclaim") else SpecBranchScheduler)(
             vllm_config=config,
             kv_cache_config=KVCacheConfig(load.num_blocks, [], [KVCacheGroupSpec(["all"], spec)]),
             structured_output_manager=StructuredOutputManager(config),
