@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from vllm_specbranch import __version__
 from vllm_specbranch.config import parse_cores
@@ -42,24 +43,31 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
+def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `EngineSettings`."""
+    return {
+        "prompts": args.prompts,
+        "max_tokens": args.max_tokens,
+        "dtype": args.dtype,
+        "target_cores": parse_cores(args.target_cores, "--target-cores") if args.target_cores else None,
+        "draft_cores": parse_cores(args.draft_cores, "--draft-cores") if args.draft_cores else None,
+        "max_model_len": args.max_model_len,
+        "kv_cache_bytes": int(args.kv_cache_gib * 2**30),
+        "enforce_eager": args.enforce_eager,
+    }
+
+
 def _demo(args: argparse.Namespace) -> int:
     from vllm_specbranch import demo
 
     settings = demo.DemoSettings(
         target=args.target,
         draft=args.draft,
-        prompts=args.prompts,
         num_prompts=args.num_prompts,
-        max_tokens=args.max_tokens,
         num_speculative_tokens=args.num_speculative_tokens,
         draft_model_tokens=args.draft_model_tokens,
-        dtype=args.dtype,
         extra_layers=demo.EXTRA_LAYERS if args.extra_layers is None else args.extra_layers,
-        target_cores=parse_cores(args.target_cores, "--target-cores") if args.target_cores else None,
-        draft_cores=parse_cores(args.draft_cores, "--draft-cores") if args.draft_cores else None,
-        max_model_len=args.max_model_len,
-        kv_cache_bytes=int(args.kv_cache_gib * 2**30),
-        enforce_eager=args.enforce_eager,
+        **_engine_settings(args),
         json_out=args.json,
     )
     return demo.run(settings, _write)
@@ -71,17 +79,10 @@ def _tune(args: argparse.Namespace) -> int:
     settings = tune.TuneSettings(
         target=args.target,
         draft=args.draft,
-        prompts=args.prompts,
         out=args.out,
         num_prompts=args.num_prompts,
-        max_tokens=args.max_tokens,
         batch_size=args.batch_size,
-        dtype=args.dtype,
-        target_cores=parse_cores(args.target_cores, "--target-cores") if args.target_cores else None,
-        draft_cores=parse_cores(args.draft_cores, "--draft-cores") if args.draft_cores else None,
-        max_model_len=args.max_model_len,
-        kv_cache_bytes=int(args.kv_cache_gib * 2**30),
-        enforce_eager=args.enforce_eager,
+        **_engine_settings(args),
         seed=args.seed,
         always_write=args.always_write,
     )
@@ -95,22 +96,15 @@ def _train_head(args: argparse.Namespace) -> int:
         target=args.target,
         draft=args.draft,
         out=args.out,
-        prompts=args.prompts,
         num_prompts=args.num_prompts,
         num_rounds=args.rounds,
         num_speculative_tokens=args.num_speculative_tokens,
         num_layers=args.layers,
         temperatures=tuple(args.temperatures),
-        max_tokens=args.max_tokens,
         batch_size=args.batch_size,
         num_epochs=args.epochs,
         c=args.c,
-        dtype=args.dtype,
-        target_cores=parse_cores(args.target_cores, "--target-cores") if args.target_cores else None,
-        draft_cores=parse_cores(args.draft_cores, "--draft-cores") if args.draft_cores else None,
-        max_model_len=args.max_model_len,
-        kv_cache_bytes=int(args.kv_cache_gib * 2**30),
-        enforce_eager=args.enforce_eager,
+        **_engine_settings(args),
         seed=args.seed,
     )
     return train_head.run(settings, _write)

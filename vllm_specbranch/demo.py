@@ -16,6 +16,7 @@ from typing import Any
 
 from vllm_specbranch import deepen
 from vllm_specbranch.compare import Difference, as_json, first_differences, transformers_gaps, verdict, with_gaps
+from vllm_specbranch.engine_settings import EngineSettings
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.lineup import Lineup, place, require_model
 from vllm_specbranch.measure import Engine, running
@@ -35,8 +36,8 @@ PROGRESS_LINE_INTERVAL_S = 10.0
 Write = Callable[[str], object]
 
 
-@dataclass(frozen=True, slots=True)
-class DemoSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoSettings(EngineSettings):
     """What the user asked for; see `vllm-specbranch demo --help`.
 
     Attributes:
@@ -47,19 +48,13 @@ class DemoSettings:
 
     target: Path | None = None
     draft: Path | None = None
-    prompts: Path | None = None
     num_prompts: int = 8
-    max_tokens: int = 64
     num_speculative_tokens: int = 8
     draft_model_tokens: int | None = None
-    dtype: str = "float32"
     extra_layers: int = EXTRA_LAYERS
-    target_cores: tuple[int, ...] | None = None
-    draft_cores: tuple[int, ...] | None = None
-    max_model_len: int = 1024
-    kv_cache_bytes: int = 1 << 29
-    enforce_eager: bool = False
     json_out: Path | None = None
+    max_tokens: int = 64
+    dtype: str = "float32"
 
 
 class Progress:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from vllm_specbranch.engine_settings import EngineSettings
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.head_data import Piece, Rounds, Shards, pieces
 from vllm_specbranch.head_report import CONFIDENCES, HEAD, JOINT, Predictions, as_text, figures, judge, summary
@@ -47,8 +48,8 @@ PICTURE_NAME = "report.png"
 Write = Callable[[str], object]
 
 
-@dataclass(frozen=True, slots=True)
-class TrainHeadSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainHeadSettings(EngineSettings):
     """What the user asked for; see `vllm-specbranch train-head --help`.
 
     Attributes:
@@ -61,23 +62,16 @@ class TrainHeadSettings:
     target: Path
     draft: Path
     out: Path
-    prompts: Path | None = None
     num_prompts: int | None = None
     num_rounds: int = 50_000
     num_speculative_tokens: int = 8
     num_layers: int = 4
     temperatures: tuple[float, ...] = (0.0, 0.8)
-    max_tokens: int = 128
     batch_size: int = 64
     num_epochs: int = 20
     c: float = 5.0
-    dtype: str = "auto"
-    target_cores: tuple[int, ...] | None = None
-    draft_cores: tuple[int, ...] | None = None
-    max_model_len: int = 1024
-    kv_cache_bytes: int = 1 << 29
-    enforce_eager: bool = False
     seed: int = 0
+    max_tokens: int = 128
 
 
 def run(settings: TrainHeadSettings, write: Write) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_specbranch.config import CONFIG_ENV, CONFIG_FILE_NAME, METHOD, SpecBranchConfig
+from vllm_specbranch.engine_settings import EngineSettings
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.lineup import Lineup, place, require_model
 from vllm_specbranch.measure import Engine, running
@@ -29,8 +30,8 @@ NUM_POSITIONS = 6
 Write = Callable[[str], object]
 
 
-@dataclass(frozen=True, slots=True)
-class TuneSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneSettings(EngineSettings):
     """What the user asked for; see `vllm-specbranch tune --help`.
 
     Attributes:
@@ -40,17 +41,9 @@ class TuneSettings:
 
     target: Path
     draft: Path
-    prompts: Path | None = None
     out: Path | None = None
     num_prompts: int = 8
-    max_tokens: int = 96
     batch_size: int = 1
-    dtype: str = "auto"
-    target_cores: tuple[int, ...] | None = None
-    draft_cores: tuple[int, ...] | None = None
-    max_model_len: int = 1024
-    kv_cache_bytes: int = 1 << 29
-    enforce_eager: bool = False
     seed: int = 0
     always_write: bool = False
 

@@ -78,6 +78,7 @@ ROOMS = {
     "draft_work": room("costs draft_peers draft_request"),
     "emulation": room("measure_messages"),
     "engine_pace": room("config messages"),
+    "engine_settings": room(),
     "errors": room(),
     "head_check": room("config draft_check errors length_head", "huggingface_hub vllm"),
     "head_data": room("errors", "safetensors torch"),
