@@ -106,7 +106,7 @@ class DeterministicDraftServer(DraftServer):
 
     def _prefill_work(self, request: DraftRequest) -> Work | None:
         """The next chunk of a request's prefill, of a fixed size."""
-        if request.is_evicted:
+        if request.is_resting:
             return None
         leaf = request.tree.leaves()[0]
         num_pending = request.num_pending(leaf)

@@ -1,17 +1,27 @@
-"""What gives way when the draft KV cache is full: branches first, then whole requests. Decides order only. Pure Python."""
+"""What gives way when the draft KV cache is full. Decides order only. Pure Python, draft server process.
+
+    narrow    all requests keep one branch
+    shorten   the request committed longest ago gives back what was drafted for it; its trunk keeps its KV
+    evict     the request committed longest ago gives back all
+    give up   nobody else has anything to give: the least valuable row is left out, and a last one that does not fit is shortened
+
+Each is counted. None of them forgets a token of a chain that has been drawn (see `DraftRequest.evict`), and what has been shortened
+or evicted is drafted for again after its next commit.
+"""
 
 from collections.abc import Collection
 
 from vllm_specbranch.draft_request import DraftRequest
+from vllm_specbranch.draft_work import Work
 from vllm_specbranch.metrics import DraftServerCounters
 
 
 def relieve(requests: Collection[DraftRequest], needed: set[int], counters: DraftServerCounters) -> bool:
-    """Free some blocks by the first measure that applies: narrow all requests to one branch, else evict one.
+    """Free some blocks by the first measure that applies: narrow all requests to one branch, else shorten one, else evict one.
 
     Args:
         requests: all requests, the one committed longest ago first.
-        needed: `id`s of the requests that the blocks are wanted for; they are not evicted.
+        needed: `id`s of the requests that the blocks are wanted for; they are neither shortened nor evicted.
         counters: updated.
 
     Returns:
@@ -21,9 +31,35 @@ def relieve(requests: Collection[DraftRequest], needed: set[int], counters: Draf
     if num_dropped:
         counters.num_narrowings += num_dropped
         return True
-    for request in requests:
-        if not request.is_evicted and id(request) not in needed:
-            request.evict()
-            counters.num_evictions += 1
+    others = [request for request in requests if not request.is_evicted and id(request) not in needed]
+    for request in others:
+        if request.num_drafted_blocks:
+            request.shorten()
+            counters.num_shortenings += 1
             return True
+    for request in others:
+        request.evict()
+        counters.num_evictions += 1
+        return True
     return False
+
+
+def give_up(work: list[Work], counters: DraftServerCounters) -> list[Work]:
+    """Without any other request that could give blocks: leave out a row; when even the last one does not fit, rest its request.
+
+    Args:
+        work: rows that do not fit, the most valuable first; the last one is taken out.
+        counters: updated.
+
+    Returns:
+        The rest of `work`.
+    """
+    last = work.pop().request
+    if not work:
+        if last.has_kv(last.tree.root):
+            last.shorten()
+            counters.num_shortenings += 1
+        else:
+            last.evict()
+            counters.num_evictions += 1
+    return work

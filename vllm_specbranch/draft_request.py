@@ -43,6 +43,8 @@ class DraftRequest:
         self.price = 0.0
         # What the length head says of the next chunk (see `Planner.chunk`); as of the last commit.
         self.length_class: int | None = None
+        # Gave its drafted KV back; until its next commit nothing more is drafted for it.
+        self.is_shortened = False
         self._random_number = random_number
         self._kv = kv
         self._sequence_ids = sequence_ids
@@ -54,6 +56,11 @@ class DraftRequest:
     def is_evicted(self) -> bool:
         """Whether it holds no KV."""
         return not self._owned
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it waits for its next commit with what it has, because KV blocks ran short."""
+        return self.is_shortened or not self._owned
 
     @property
     def num_sequences(self) -> int:
@@ -213,6 +220,7 @@ class DraftRequest:
         if kept_sequence is not None:
             self._kv.commit(kept_sequence, losers)
         self.chunk_end = self.tree.root
+        self.is_shortened = False
         return result
 
     def _leaf_on_the_way(self, tokens: Sequence[int]) -> int | None:
@@ -263,6 +271,26 @@ class DraftRequest:
             node = self.tree.node(kept)
         return dropped
 
+    @property
+    def num_drafted_blocks(self) -> int:
+        """How many KV blocks of a narrowed request hold drafted tokens only: what `shorten` would free."""
+        if len(self._owned) != 1:
+            return 0
+        (sequence,) = self._owned.values()
+        size, num_kept = self._kv.block_size, self.tree.num_tokens
+        return max(0, -(-self._kv.num_tokens(sequence) // size) - -(-num_kept // size))
+
+    def shorten(self) -> None:
+        """Free the KV of what has been drafted, and rest until the next commit. For a narrowed request.
+
+        The trunk keeps its KV, and the chain its tokens, for the reason that `evict` gives: one short row feeds it again.
+        """
+        (sequence,) = self._owned.values()
+        if self._kv.num_tokens(sequence) > self.tree.num_tokens:
+            self._kv.rollback(sequence, self.tree.num_tokens)
+            self._owned = {self._cut_to_the_chain(): sequence}
+        self.is_shortened = True
+
     def evict(self) -> None:
         """Free all KV, and drop all drafts but the chain of chosen tokens; its KV is computed again after `readmit`.
 
@@ -272,14 +300,22 @@ class DraftRequest:
         for sequence in self._owned.values():
             self._kv.free(sequence)
         self._owned.clear()
+        self._cut_to_the_chain()
+        self.chunk_end = self.tree.root
+
+    def _cut_to_the_chain(self) -> int:
+        """Drop all drafts but the chain of chosen tokens; returns its end, which has not been fed. Leaves the KV to the caller."""
         node = self.tree.node(self.tree.root)
         while node.candidates is not None:
             for token, child in list(node.children.items()):
                 if token != node.choice:
                     self.tree.truncate_subtree(child)
             kept = node.children.get(node.choice)
+            deepest = node.deepest
             node = self.tree.node(self.tree.extend(node.node_id, node.choice) if kept is None else kept)
-        self.chunk_end = self.tree.root
+            if kept is None:
+                node.deepest = deepest
+        return node.node_id
 
     def check_integrity(self) -> None:
         """Raise TreeError unless exactly the leaves own sequences, each valid no further than its leaf."""

@@ -231,7 +231,7 @@ class DraftServer(DraftSteps):
         growing = []
         for request_id, hit in pending.hits.items():
             request = self._requests.get((peer_id, request_id))
-            if request is None or request.is_evicted:
+            if request is None or request.is_resting:
                 continue
             chunk = self._open_chunk(request)
             if not self._planner.wants_more(chunk, hit=hit) or self._is_at_the_end(request, chunk.end):
@@ -267,7 +267,7 @@ class DraftServer(DraftSteps):
     def _awaited_growth(self) -> list[tuple[DraftRequest, int]]:
         """As decided at the end of the last step, or when the batch came; without what was closed or evicted since."""
         pending = [peer.pending for peer in self._peers.values() if peer.pending is not None]
-        return [one for each in pending for one in each.growing if not one[0].is_evicted]
+        return [one for each in pending for one in each.growing if not one[0].is_resting]
 
     def _awaited(self) -> set[int]:
         return {

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from vllm_specbranch.draft_model import Row
-from vllm_specbranch.draft_pressure import relieve
+from vllm_specbranch.draft_pressure import give_up, relieve
 from vllm_specbranch.draft_request import DraftRequest
 from vllm_specbranch.draft_sampling import RandomNumber, uniform
 from vllm_specbranch.draft_work import MAX_DECODE_TOKENS, Limits, StepTimings, Work
@@ -188,15 +188,7 @@ class DraftSteps:
             if relieve(self._requests.values(), {id(one.request) for one in work}, self.counters):
                 work = self._wanted()
             else:
-                work = self._give_up(work)
-        return work
-
-    def _give_up(self, work: list[Work]) -> list[Work]:
-        """Without any other request to evict: draft shallower, and when even one row does not fit, evict its request."""
-        last = work.pop()
-        if not work:
-            last.request.evict()
-            self.counters.num_evictions += 1
+                work = give_up(work, self.counters)
         return work
 
     def _num_new_blocks(self, work: list[Work]) -> int:
@@ -216,7 +208,7 @@ class DraftSteps:
         num_prefills = 0
         chunk = self._timings.prefill_chunk(self._limits.prefill_tokens)
         for request in self._requests.values():
-            if request.is_evicted or request.price >= 1.0:
+            if request.is_resting or request.price >= 1.0:
                 continue
             for value, leaf in self._planner.rows(request.tree):
                 if self._is_at_the_end(request, leaf):
@@ -261,7 +253,7 @@ class DraftSteps:
 
     def _grow(self, request: DraftRequest) -> None:
         """Draft on for the outcomes of the verification under way: new forks, and the draft's choices below them."""
-        if request.is_evicted or request.price >= 1.0:
+        if request.is_resting or request.price >= 1.0:
             return
         tree, end, branching = request.tree, request.chunk_end, self._planner.branching
         is_sampled = request.is_sampled

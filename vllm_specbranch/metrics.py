@@ -27,6 +27,7 @@ class DraftServerCounters:
     num_prefill_tokens: int = 0
     num_wait_steps: int = 0
     num_narrowings: int = 0
+    num_shortenings: int = 0
     num_evictions: int = 0
     num_unknown_requests: int = 0
     num_refused_messages: int = 0

@@ -172,6 +172,17 @@ def with_its_drafts(self: DraftRequest) -> None:
     self.chunk_end = self.tree.root
 
 
+def to_nothing(self: DraftRequest) -> None:
+    """`DraftRequest.shorten` that drops what was drawn with its KV (rule 2), as above."""
+    (sequence,) = self._owned.values()
+    self.tree.rollback(self.tree.num_tokens)
+    self.tree.node(self.tree.root).candidates = None
+    self._kv.rollback(sequence, min(self._kv.num_tokens(sequence), self.tree.num_tokens - 1))
+    self._owned = {self.tree.root: sequence}
+    self.chunk_end = self.tree.root
+    self.is_shortened = True
+
+
 def whatever_came(self: Engine) -> bool:
     """`Engine.gives_up` after each late reply."""
     return True
@@ -183,6 +194,7 @@ class Break:
 
     Attributes:
         timings: measured times of the draft steps that are given instead.
+        evicts: pressure evicts where it would shorten, with the right code too.
     """
 
     owner: type
@@ -190,6 +202,7 @@ class Break:
     broken: Callable[..., object]
     case: Case
     timings: Mapping[str, float] = field(default_factory=dict)
+    evicts: bool = False
 
 
 ONE_BRANCH = {"max_branches": 1, "stop_threshold": 0.6}
@@ -209,6 +222,7 @@ BREAKS = {
             ),
             seed=56,
         ),
+        evicts=True,
     ),
     "the likelier of two draws": Break(DraftRequest, "fed", with_the_likelier_of_two, CASES["pearl"]),
     "a look at the drawn token's probability": Break(
@@ -253,10 +267,10 @@ BREAKS = {
             seed=23,
         ),
     ),
-    "an eviction drops what was drawn": Break(
+    "shortening drops what was drawn": Break(
         DraftRequest,
-        "evict",
-        with_its_drafts,
+        "shorten",
+        to_nothing,
         Case(
             Serving(
                 replace(SHORT, gamma=3),
@@ -276,7 +290,7 @@ BREAKS = {
                 replace(SHORT, gamma=3),
                 {**ADAEDL, "max_branches": 1, "on_miss": "wait:3"},
                 num_requests=2,
-                num_blocks=7,
+                num_blocks=5,
                 block_size=1,
                 free_steps=NONE,
             ),
@@ -291,6 +305,8 @@ def test_broken_code_is_rejected_and_the_right_one_is_not(name: str, monkeypatch
     broken = BREAKS[name]
     for key, value in broken.timings.items():
         monkeypatch.setattr(StepTimings, key, property(lambda self, value=value: value))
+    if broken.evicts:
+        monkeypatch.setattr(DraftRequest, "shorten", DraftRequest.evict)
     assert run(broken.case).difference < EXACT
     monkeypatch.setattr(broken.owner, broken.method, broken.broken)
     assert run(broken.case).difference > (REJECTED if not broken.timings else REJECTED / 10)

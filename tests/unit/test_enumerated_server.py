@@ -57,6 +57,7 @@ NONE = (1.0,)
 SOME_STEPS = (0.3, 0.3, 0.4)  # That the engine waits for a reply.
 TWO_STEPS = (0.0, 0.0, 1.0)
 EVICTED = ("num_evictions", "2 draft tokens")
+SHORTENED = ("num_shortenings", "2 draft tokens")
 NARROWED = ("num_narrowings", "2 draft tokens")
 LATE = ("late replies", "2 draft tokens")
 ALWAYS_0 = (1.0, 0.0, 0.0)
@@ -135,7 +136,7 @@ CASES = {
     "narrowed, lost replies": Case(
         Serving(replace(LONG, lost_replies=0.4), CONFIDENT, num_blocks=6, block_size=1), NARROWED, seed=2
     ),
-    "evicted": Case(Serving(LONG, PATIENT, num_blocks=4, block_size=1), EVICTED),
+    "shortened": Case(Serving(LONG, PATIENT, num_blocks=4, block_size=1), SHORTENED),
     "evicted, larger blocks": Case(Serving(LONG, PATIENT, num_blocks=3), (*EVICTED, *NARROWED)),
     "evicted, lost replies": Case(
         Serving(replace(SHORT, lost_replies=0.4), PATIENT, num_blocks=3, block_size=1), EVICTED
@@ -143,11 +144,11 @@ CASES = {
     "evicted, late replies": Case(
         Serving(LONG, PATIENT, num_blocks=4, block_size=1, patience=TWO_STEPS), (*EVICTED, *LATE), seed=2
     ),
-    "evicted, a long prefill": Case(
+    "shortened, a long prefill": Case(
         Serving(LONG, PATIENT, num_prompt_tokens=17, num_blocks=20, block_size=1, free_steps=TWO_STEPS),
-        ("num_evictions", "num_prefill_tokens", "3 draft tokens"),
+        ("num_shortenings", "num_prefill_tokens", "3 draft tokens"),
     ),
-    "evicted, three tokens": Case(Serving(SHORT, CONFIDENT, num_blocks=5, block_size=1), EVICTED, vocab_size=3),
+    "shortened, three tokens": Case(Serving(SHORT, CONFIDENT, num_blocks=5, block_size=1), SHORTENED, vocab_size=3),
     "two requests": Case(Serving(replace(SHORT, horizon=2), CONFIDENT, num_requests=2)),
     "two requests, one row a step": Case(Serving(SHORT, DETERMINISTIC, num_requests=2, limits=Limits(1)), seed=0),
     "two requests, evicted": Case(

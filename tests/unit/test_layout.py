@@ -62,7 +62,7 @@ ROOMS = {
     "draft_memory": room("draft_model draft_steps kv_blocks token_tree", "numpy"),
     "draft_model": room("draft_runtime errors kv_blocks messages token_tree", "numpy torch vllm"),
     "draft_peers": room("costs draft_request messages"),
-    "draft_pressure": room("draft_request metrics"),
+    "draft_pressure": room("draft_request draft_work metrics"),
     "draft_request": room("draft_sampling errors kv_blocks messages planner token_tree"),
     "draft_runtime": room("draft_model errors kv_blocks messages", "numpy psutil torch vllm"),
     "draft_sampling": room(),
