@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, field
 
+from vllm_specbranch.benefit_gate import BenefitGate
 from vllm_specbranch.costs import LinearCost
 from vllm_specbranch.draft_request import DraftRequest
 from vllm_specbranch.messages import CommitBatch
@@ -42,6 +43,7 @@ class Peer:
 
     Attributes:
         wants_top_probs: as its `Hello` said.
+        gate: whether a length head that is learned while serving pays here.
     """
 
     wants_top_probs: bool = False
@@ -52,9 +54,14 @@ class Peer:
     num_requests: int = 1
     num_rounds: int = 0
     verification: LinearCost = field(default_factory=LinearCost)
+    gate: BenefitGate = field(default_factory=BenefitGate)
 
-    def observe_round(self, now_s: float, batch: CommitBatch) -> None:
-        """Take in a commit batch that has just arrived."""
+    def observe_round(self, now_s: float, batch: CommitBatch, *, is_head_ready: bool = False) -> None:
+        """Take in a commit batch that has just arrived.
+
+        Args:
+            is_head_ready: whether there is a length head that can be tried.
+        """
         num_requests, num_tokens = len(batch.commits), sum(len(one.tokens) for one in batch.commits)
         self.num_requests = max(1, num_requests)
         self.num_rounds += 1
@@ -69,6 +76,8 @@ class Peer:
             self.round_s = round_s if not self.round_s else self.round_s + MEAN_WEIGHT * (round_s - self.round_s)
             token_s = round_s * num_requests / num_tokens
             self.token_s = token_s if not self.token_s else self.token_s + MEAN_WEIGHT * (token_s - self.token_s)
+        if num_tokens and gap_s < LONGEST_ROUND_S and batch.pace is not None and is_head_ready:
+            self.gate.observe_round(gap_s, num_tokens / num_requests)
         self.last_commit_s = now_s
 
     @property

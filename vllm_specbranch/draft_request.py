@@ -15,6 +15,7 @@ from vllm_specbranch.draft_sampling import RandomNumber, draw, uniform
 from vllm_specbranch.errors import TreeError
 from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
 from vllm_specbranch.messages import Draft, Sampling
+from vllm_specbranch.online_head import Example
 from vllm_specbranch.token_tree import Candidates, CommitResult, TokenTree
 
 
@@ -43,6 +44,9 @@ class DraftRequest:
         self.price = 0.0
         # What the length head says of the next chunk (see `Planner.chunk`); as of the last commit.
         self.length_class: int | None = None
+        # Whether the head that is learned while serving says it instead, and what that head waits to learn from this request.
+        self.asks_online_head = False
+        self.examples: list[Example] = []
         # Gave its drafted KV back; until its next commit nothing more is drafted for it.
         self.is_shortened = False
         self._random_number = random_number

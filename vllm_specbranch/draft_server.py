@@ -108,12 +108,13 @@ class DraftServer(DraftSteps):
             self._check_tokens(commit.tokens)
         peer = self._peers.setdefault(peer_id, Peer())
         now_s = self._clock()
-        peer.observe_round(now_s, message)
+        head = self._planner.online_head
+        peer.observe_round(now_s, message, is_head_ready=head is not None and head.is_ready)
         slack_s = message.pace.slack_us / 1e6 if message.pace else 0.0
         pending = PendingReply(message.round, {}, [], now_s + message.max_wait_ms / 1e3, now_s + slack_s)
         prices = self._prices(peer, message.commits)
         for commit, price in zip(message.commits, prices, strict=True):
-            hit = self._commit((peer_id, commit.request_id), commit, price)
+            hit = self._commit((peer_id, commit.request_id), commit, price, asks_online_head=peer.gate.is_on)
             if hit is None:
                 pending.unknown.append(commit.request_id)
             else:
@@ -137,11 +138,12 @@ class DraftServer(DraftSteps):
             prices[ranks.index(min(ranks))] = 0.0
         return prices
 
-    def _commit(self, key: Key, commit: messages.Commit, price: float) -> bool | None:
+    def _commit(self, key: Key, commit: messages.Commit, price: float, *, asks_online_head: bool) -> bool | None:
         request = self._requests.pop(key, None)
         if request is None:
             return None
         request.price, request.length_class = price, commit.head_class
+        request.asks_online_head = asks_online_head
         self._observe_outcome(request, commit)
         tree = request.tree
         line, num_nodes = self._main_line(request), len(tree)
@@ -163,7 +165,12 @@ class DraftServer(DraftSteps):
         """Learn from what the target said after each node that had been fed."""
         tree = request.tree
         if commit.position != tree.num_tokens:
+            request.examples.clear()
             return
+        if self._planner.online_head is not None:
+            self._planner.online_head.observe(
+                request.examples, tree, commit.tokens, commit.num_draft_tokens, is_sampled=request.is_sampled
+            )
         node = tree.node(tree.root)
         for index, token in enumerate(commit.tokens):
             if node.candidates is None:
@@ -301,8 +308,16 @@ class DraftServer(DraftSteps):
             request.chunk_end = self._open_chunk(request).end
             self._planner.branching.revalue(request.tree, request.chunk_end, is_sampled=request.is_sampled)
             drafts.append(request.draft(request_id, hit, with_top_probs=with_top_probs))
+            self._expect(request)
             self._grow(request)
         return messages.DraftBatch(pending.round, True, drafts, pending.unknown)
+
+    def _expect(self, request: DraftRequest) -> None:
+        """Note what was known of a chunk that goes out, for the head that is learned while serving."""
+        head = self._planner.online_head
+        example = None if head is None else head.example(request.tree, is_sampled=request.is_sampled)
+        if example is not None:
+            request.examples.append(example)
 
     def _send_ahead(self, peer_id: bytes, pending: PendingReply) -> list[Reply]:
         """The sampled drafts of a batch that waits, whenever one has grown."""

@@ -249,7 +249,10 @@ class DraftSteps:
 
     def _chunk(self, request: DraftRequest) -> Chunk:
         """What has been drafted of the chunk that could be submitted now."""
-        return self._planner.chunk(request.tree, request.price, request.length_class)
+        length_class, head = request.length_class, self._planner.online_head
+        if head is not None and request.asks_online_head:
+            length_class = head.length_class(request.tree, is_sampled=request.is_sampled)
+        return self._planner.chunk(request.tree, request.price, length_class)
 
     def _grow(self, request: DraftRequest) -> None:
         """Draft on for the outcomes of the verification under way: new forks, and the draft's choices below them."""

@@ -1,7 +1,7 @@
 """Policies: what to submit, which rows to feed, when to wait. Pure decisions on a token tree; where to fork is in `branching`.
 
-Owns the acceptance estimates, no other state, no clock and no model: the draft server measures, asks, and carries out. Runs in the
-draft server process.
+Owns the acceptance estimates and the length head that is learned while serving, no other state, no clock and no model: the draft
+server measures, asks, and carries out. Runs in the draft server process.
 
     PEARL (arXiv:2408.11850): one chain; all drafted tokens are submitted; a miss goes on with an empty chunk.
     SpecBranch (arXiv:2506.01979): a chunk ends where the draft model is unsure, unless a length head says that none or all of it
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from vllm_specbranch.acceptance import AcceptanceModel
 from vllm_specbranch.branching import Branching, num_ranks
-from vllm_specbranch.config import OnMiss, SpecBranchConfig
+from vllm_specbranch.config import ONLINE_HEAD, OnMiss, SpecBranchConfig
+from vllm_specbranch.online_head import OnlineHead
 from vllm_specbranch.token_tree import Candidates, TokenTree
 
 # Lambda of AdaEDL's bound (arXiv:2410.18351), entropy in nats.
@@ -93,6 +94,9 @@ class Planner:
         self._stop_rule = config.stop_rule
         self._threshold = 0.0 if config.stop_rule == "none" else config.stop_threshold
         self._takes_classes = config.policy != "pearl"
+        # What it learns depends on what was served before.
+        is_online = config.length_head == ONLINE_HEAD and self._takes_classes and not config.deterministic
+        self.online_head = OnlineHead(config.num_speculative_tokens) if is_online else None
         self._on_miss = config.on_miss
         if config.deterministic and config.on_miss.kind == "auto":
             # What `auto` weighs are measured times.

@@ -15,8 +15,11 @@ import pytest
 
 from tests.enumerated_server import Result, Serving, enumerate_server, exact_table
 from tests.reference_round import Rules
+from vllm_specbranch.benefit_gate import BenefitGate
 from vllm_specbranch.draft_server import DraftServer
 from vllm_specbranch.draft_work import Limits, StepTimings
+from vllm_specbranch.online_head import OnlineHead
+from vllm_specbranch.token_tree import TokenTree
 
 EXACT = 1e-9
 
@@ -164,6 +167,36 @@ def test_output_has_the_targets_distribution(name: str) -> None:
     assert result.difference < EXACT
     missing = [event for event in case.happens if not result.seen[event]]
     assert not missing, f"on none of {result.num_paths} paths: {missing}"
+
+
+@pytest.mark.parametrize("settings", [PATIENT, BEST_FIRST], ids=["specbranch", "best_first"])
+def test_a_head_that_learns_while_serving_looks_at_no_drawn_token(
+    settings: Mapping[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its classes follow from what was accepted before, and from the distribution at the root."""
+    monkeypatch.setattr(BenefitGate, "is_on", property(lambda self: True, lambda self, value: None), raising=False)
+    monkeypatch.setattr("vllm_specbranch.online_head.WARM_UP_LABELS", 0)
+    monkeypatch.setattr("vllm_specbranch.online_head.LEARNING_RATE", 3.0)
+    classes: set[int | None] = set()
+    right = OnlineHead.length_class
+
+    def noted(self: OnlineHead, tree: TokenTree, *, is_sampled: bool) -> int | None:
+        found = right(self, tree, is_sampled=is_sampled)
+        classes.add(found)
+        return found
+
+    monkeypatch.setattr(OnlineHead, "length_class", noted)
+    case = Case(Serving(SHORT, {**settings, "length_head": "online"}))
+    assert run(case).difference < EXACT
+    assert classes >= {None, 0, 1}
+
+    def of_the_chain(self: OnlineHead, tree: TokenTree, *, is_sampled: bool) -> int | None:
+        found = [tree.node(one).candidates for one in (tree.root, *tree.path(tree.leaves()[0]))]
+        return 0 if any(one.probs[0] < 0.7 for one in found if one is not None) else 2
+
+    # As if the request were greedy: a class that is made of what was drawn.
+    monkeypatch.setattr(OnlineHead, "length_class", of_the_chain)
+    assert run(case).difference > 1e-3
 
 
 @pytest.mark.parametrize("settings", [BEST_FIRST, CONFIDENT], ids=["best_first", "specbranch"])
