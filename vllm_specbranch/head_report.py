@@ -26,23 +26,20 @@ MULTIPLES_OF_C = (1.0, 2.0, 4.0)
 # Names of the rules, in the order of tables and pictures.
 MAJORITY, ONE, TWO = "the most frequent class", "confidence, one threshold", "confidence, two thresholds"
 HEAD, CONFIDENCES, JOINT = "the head", "network: confidences", "network: features, confidences"
+SAVED = "the head as it is saved"
 
 
 @dataclass(frozen=True, slots=True)
 class Predictions:
-    """What networks say of rounds, `[n] int64` each, for all rounds of the choosing and the held-out part.
+    """What networks say of rounds, by the network's name, `[n] int64` each; the head, from the target's features alone, is `HEAD`.
 
     Attributes:
-        head: the one that is saved, from the target's features alone.
-        others: further networks by name, for comparison only.
+        likeliest: the class that is right most often.
+        worthiest: the class that is worth most in the round model (`head_rules.best_shifts`), as the head is saved.
     """
 
-    head: torch.Tensor
-    others: Mapping[str, torch.Tensor]
-
-    def of(self, which: torch.Tensor) -> "Predictions":
-        """For some of the rounds."""
-        return Predictions(self.head[which], {name: one[which] for name, one in self.others.items()})
+    likeliest: Mapping[str, torch.Tensor]
+    worthiest: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +99,8 @@ def _by_temperature(rounds: Rounds) -> dict[str, torch.Tensor]:
 
 def _group(parts: Parts, predictions: Predictions, which: torch.Tensor) -> dict[str, Any]:
     """Accuracies on some of the held-out rounds; the thresholds are fitted to training rounds of the same kind."""
-    rounds, said = parts.held_out.select(which), predictions.of(which)
+    rounds = parts.held_out.select(which)
+    said = {rule: one[which] for rule, one in predictions.likeliest.items()}
     name = "all" if bool(which.all()) else "sampled" if bool((rounds.temperatures > 0).all()) else "greedy"
     fitting = parts.train.select(_by_temperature(parts.train)[name])
     labels = rounds.labels
@@ -112,8 +110,8 @@ def _group(parts: Parts, predictions: Predictions, which: torch.Tensor) -> dict[
         MAJORITY: torch.full_like(labels, majority),
         ONE: rules.classes_by_length(rules.lengths_by_confidence(rounds.top_probs, epsilon), rounds.gamma),
         TWO: bounds.classes(rounds),
-        HEAD: said.head,
-        **said.others,
+        **said,
+        SAVED: predictions.worthiest[HEAD][which],
     }
     return {
         "num_rounds": len(rounds),
@@ -123,7 +121,7 @@ def _group(parts: Parts, predictions: Predictions, which: torch.Tensor) -> dict[
         "accuracy": {rule: float((one == labels).float().mean()) for rule, one in by_rule.items()},
         "balanced_accuracy": {rule: balanced_accuracy(one, labels) for rule, one in by_rule.items()},
         "confusion": {rule: rules.confusion(labels, one) for rule, one in by_rule.items() if rule != MAJORITY},
-        "head_minus_majority": accuracy_gain(rounds, said.head, by_rule[MAJORITY]),
+        "head_gains": {rule: accuracy_gain(rounds, said[HEAD], by_rule[rule]) for rule in (MAJORITY, ONE, TWO)},
     }
 
 
@@ -153,10 +151,10 @@ def _speeds(parts: Parts, chosen: Predictions, held_out: Predictions, c: float) 
 
     add("no cut", None, None, 0.0)
     add("confidence", None, None)
-    add("head alone", chosen.head, held_out.head, 0.0)
-    add("hybrid", chosen.head, held_out.head)
-    for name in held_out.others:
-        add(f"hybrid, {name}", chosen.others[name], held_out.others[name])
+    add("head alone", None, held_out.worthiest[HEAD], 0.0)
+    for name in held_out.worthiest:
+        add("hybrid" if name == HEAD else f"hybrid, {name}", chosen.worthiest[name], held_out.worthiest[name])
+    add("hybrid, likeliest classes", chosen.likeliest[HEAD], held_out.likeliest[HEAD])
     add("hybrid, classes known", parts.choose.labels, rounds.labels)
     rows["length known"] = rules.outcome(rounds, rounds.accepted, c)
     baseline = max((rows["no cut"], rows["confidence"]), key=lambda one: one.speed)

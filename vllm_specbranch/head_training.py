@@ -222,6 +222,21 @@ def _loss(head: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, weights: 
     return float(nn.functional.cross_entropy(logits_of(head, inputs), labels, weights))
 
 
+def shift_classes(head: LengthHead, shifts: tuple[float, float]) -> None:
+    """Take so much from the logits of classes 0 and 2 for good (see `head_rules.best_shifts`).
+
+    Mutates: the last bias of the head.
+    """
+    zero, two = shifts
+    _shift(head, torch.tensor([zero, 0.0, two]))
+
+
+def _shift(head: LengthHead, less: torch.Tensor) -> None:
+    last = [one for one in head.modules() if isinstance(one, nn.Linear)][-1]
+    with torch.no_grad():
+        last.bias.sub_(less)
+
+
 def _take_weights_back(head: LengthHead, weights: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor) -> float:
     """Shift the classes by the share of the log-weights that makes most of the choosing rounds come out right; returns it.
 
@@ -233,9 +248,7 @@ def _take_weights_back(head: LengthHead, weights: torch.Tensor, inputs: torch.Te
         return int(((logits - share * shift).argmax(dim=1) == labels).sum())
 
     best = max(PRIOR_SHARES, key=correct)
-    last = [one for one in head.modules() if isinstance(one, nn.Linear)][-1]
-    with torch.no_grad():
-        last.bias.sub_(best * shift)
+    _shift(head, best * shift)
     return best
 
 

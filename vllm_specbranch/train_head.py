@@ -23,13 +23,15 @@ from vllm_specbranch.engine_settings import EngineSettings
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.head_data import Piece, Rounds, Shards, pieces
 from vllm_specbranch.head_report import CONFIDENCES, HEAD, JOINT, Predictions, as_text, figures, judge, summary
+from vllm_specbranch.head_rules import best_shifts, shifted
 from vllm_specbranch.head_training import (
     OnEpoch,
     Parts,
     Trained,
     TrainSettings,
     joint_inputs,
-    predict,
+    logits_of,
+    shift_classes,
     split,
     train,
 )
@@ -102,10 +104,10 @@ def run(settings: TrainHeadSettings, write: Write) -> int:
     collect(settings, _lineup(settings, target, draft), texts, shards, write)
     parts = split(shards.load(), settings.seed)
     write(f"\nTraining on {len(parts.train)} rounds, {settings.num_epochs} epochs:\n")
-    trained, others = train_all(parts, settings, write)
-    found = figures(
-        parts, _predictions(trained, others, parts.choose), _predictions(trained, others, parts.held_out), settings.c
-    )
+    networks = train_all(parts, settings, write)
+    found = judge_all(parts, networks, settings.c)
+    trained = networks[HEAD]
+    shift_classes(trained.head, found["shifts"][HEAD])
     verdict = judge(found)
     spec = _spec(settings, parts, trained, found, sizes, source)
     save_head(settings.out, trained.head, spec)
@@ -235,21 +237,32 @@ def _chain(first: Piece, rest: Iterator[Piece]) -> Iterator[Piece]:
 # --- training -------------------------------------------------------------------------------------------------------------
 
 
-def train_all(parts: Parts, settings: TrainHeadSettings, write: Write) -> tuple[Trained, dict[str, Trained]]:
-    """The head, and the networks it is compared with."""
+def train_all(parts: Parts, settings: TrainHeadSettings, write: Write) -> dict[str, Trained]:
+    """The head, and the networks it is compared with, by name."""
     how = TrainSettings(num_epochs=settings.num_epochs, seed=settings.seed)
 
-    def one(name: str, inputs: Callable[[Rounds], torch.Tensor]) -> Trained:
-        return train(
-            inputs(parts.train), parts.train.labels, inputs(parts.choose), parts.choose.labels, how, _tell(name, write)
+    found = {}
+    for name, inputs in INPUTS.items():
+        rows, choosing = inputs(parts.train), inputs(parts.choose)
+        found[name] = train(rows, parts.train.labels, choosing, parts.choose.labels, how, _tell(name, write))
+    return found
+
+
+def judge_all(parts: Parts, networks: Mapping[str, Trained], c: float) -> dict[str, Any]:
+    """All figures of `head_report.figures`, and under `shifts` what to take from the logits of classes 0 and 2 of each network."""
+    logits = {
+        part: {name: logits_of(networks[name].head, inputs(rounds)) for name, inputs in INPUTS.items()}
+        for part, rounds in (("choose", parts.choose), ("held_out", parts.held_out))
+    }
+    shifts = {name: best_shifts(one, parts.choose, c) for name, one in logits["choose"].items()}
+
+    def predictions(part: str) -> Predictions:
+        return Predictions(
+            {name: one.argmax(dim=1) for name, one in logits[part].items()},
+            {name: shifted(one, shifts[name]).argmax(dim=1) for name, one in logits[part].items()},
         )
 
-    head = one(HEAD, _features)
-    others = {
-        CONFIDENCES: one(CONFIDENCES, _confidences),
-        JOINT: one(JOINT, joint_inputs),
-    }
-    return head, others
+    return {**figures(parts, predictions("choose"), predictions("held_out"), c), "shifts": shifts}
 
 
 def _features(rounds: Rounds) -> torch.Tensor:
@@ -260,22 +273,20 @@ def _confidences(rounds: Rounds) -> torch.Tensor:
     return joint_inputs(rounds, with_features=False)
 
 
+# What each network sees; the first is the head, the others are for comparison.
+INPUTS: Mapping[str, Callable[[Rounds], torch.Tensor]] = {
+    HEAD: _features,
+    CONFIDENCES: _confidences,
+    JOINT: joint_inputs,
+}
+
+
 def _tell(name: str, write: Write) -> OnEpoch:
     def tell(epoch: int, training: float, choosing: float) -> None:
         if epoch == 1 or epoch % 5 == 0:
             write(f"  {name}, epoch {epoch}: loss {training:.3f}, on the choosing prompts {choosing:.3f}\n")
 
     return tell
-
-
-def _predictions(head: Trained, others: dict[str, Trained], rounds: Rounds) -> Predictions:
-    return Predictions(
-        predict(head.head, rounds.features),
-        {
-            CONFIDENCES: predict(others[CONFIDENCES].head, _confidences(rounds)),
-            JOINT: predict(others[JOINT].head, joint_inputs(rounds)),
-        },
-    )
 
 
 # --- what is kept ---------------------------------------------------------------------------------------------------------

@@ -38,8 +38,12 @@ def one_prompt(accepted: list[int], top_probs: list[list[float]], temperature: f
     )
 
 
+def saying(classes: torch.Tensor) -> Predictions:
+    return Predictions({HEAD: classes}, {HEAD: classes})
+
+
 def perfect(parts: Parts) -> tuple[Predictions, Predictions]:
-    return Predictions(parts.choose.labels, {}), Predictions(parts.held_out.labels, {})
+    return saying(parts.choose.labels), saying(parts.held_out.labels)
 
 
 def test_confidence_cuts_before_the_first_doubt() -> None:
@@ -95,6 +99,27 @@ def test_best_thresholds_are_the_best_that_there_are() -> None:
             assert best >= right(rules.Bounds(low, high).classes(rounds)) - 0.01 * len(labels)
 
 
+def test_shifts_make_a_head_that_knows_little_worth_no_less_than_none() -> None:
+    """A head that says 0 at random: with shifts it does not, and what it says is worth what confidence alone is, or more."""
+    rounds = made_rounds(told_by_features=0.0, told_by_confidence=3.0)
+    logits = torch.randn(len(rounds), 3, generator=torch.Generator().manual_seed(0))
+    alone = max(rules.outcome(rounds, rules.submitted(rounds, one), 5.0).speed for one in rules.EPSILONS)
+
+    def best(said: torch.Tensor) -> float:
+        return max(rules.outcome(rounds, rules.submitted(rounds, one, said), 5.0).speed for one in rules.EPSILONS)
+
+    assert best(logits.argmax(dim=1)) < 0.95 * alone
+    shifts = rules.best_shifts(logits, rounds, 5.0)
+    assert shifts[0] > 1.0
+    assert best(rules.shifted(logits, shifts).argmax(dim=1)) >= alone
+
+
+def test_a_head_that_knows_is_not_shifted() -> None:
+    rounds = made_rounds()
+    logits = 20.0 * torch.nn.functional.one_hot(rounds.labels, 3).float()
+    assert rules.best_shifts(logits, rounds, 5.0) == (0.0, 0.0)
+
+
 def test_sampled_rounds_show_their_first_confidence_only() -> None:
     rounds = one_prompt([0, 0], [[0.9, 0.1]] * 2)
     sampled = one_prompt([0, 0], [[0.9, 0.1]] * 2, temperature=0.8)
@@ -124,7 +149,7 @@ def test_a_perfect_head_is_worth_using() -> None:
 @pytest.mark.parametrize("said", [0, 1])
 def test_a_head_that_knows_nothing_is_not(said: int) -> None:
     parts = split(made_rounds(3000, told_by_features=0.0, told_by_confidence=3.0), seed=0)
-    chosen, held_out = (Predictions(torch.full_like(one.labels, said), {}) for one in (parts.choose, parts.held_out))
+    chosen, held_out = (saying(torch.full_like(one.labels, said)) for one in (parts.choose, parts.held_out))
     verdict = judge(figures(parts, chosen, held_out, c=5.0))
     assert not verdict.is_worth
     assert verdict.text.startswith("Not worth using: " + ("slower" if said == 0 else "no difference"))
@@ -146,7 +171,7 @@ def test_majority_is_that_of_the_training_rounds() -> None:
     most = int(torch.bincount(rounds.labels).argmax())
     held_out = rounds.select(rounds.labels != most)
     parts = Parts(rounds, rounds, held_out)
-    found = figures(parts, Predictions(rounds.labels, {}), Predictions(held_out.labels, {}), c=5.0)
+    found = figures(parts, saying(rounds.labels), saying(held_out.labels), c=5.0)
     assert found["groups"]["all"]["accuracy"][MAJORITY] == 0.0
 
 

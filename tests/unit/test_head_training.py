@@ -12,7 +12,9 @@ from vllm_specbranch.head_training import (
     balanced_accuracy,
     class_weights,
     joint_inputs,
+    logits_of,
     predict,
+    shift_classes,
     split,
     train,
 )
@@ -120,6 +122,16 @@ def test_class_weights_are_taken_back_where_that_names_more_rounds_right() -> No
     labels = parts.choose.labels
     named = predict(found.head, parts.choose.features)
     assert float((named == labels).float().mean()) >= float(torch.bincount(labels).max()) / len(labels) - 0.05
+
+
+def test_shifted_classes_stay_with_the_head() -> None:
+    parts = split(made_rounds(400), seed=0)
+    head = trained(parts).head
+    before = logits_of(head, parts.held_out.features)
+    shift_classes(head, (0.5, 1e4))
+    after = logits_of(head, parts.held_out.features)
+    assert torch.allclose(after, before - torch.tensor([0.5, 0.0, 1e4]))
+    assert 2 not in head.classes(parts.held_out.features)
 
 
 def test_joint_inputs_hide_later_confidences_of_sampled_rounds() -> None:
