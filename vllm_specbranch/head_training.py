@@ -52,13 +52,16 @@ class TrainSettings:
     """The paper's, where it says.
 
     Attributes:
+        num_epochs: at most.
         learning_rate: at the start; it falls along a half cosine to a hundredth of that.
+        patience: training ends when so many epochs have not made the loss on the choosing rounds any less.
     """
 
     num_epochs: int = 20
     batch_size: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
+    patience: int = 6
     seed: int = 0
 
 
@@ -150,6 +153,8 @@ def train(
             on_epoch(epoch, *losses[-1])
             if choosing <= min(one for _, one in losses):
                 best, best_epoch = _state(head), epoch
+            if epoch - best_epoch >= settings.patience:
+                break
         head.load_state_dict(best)
     head.eval()
     share = _take_weights_back(head, weights, choose_inputs, choose_labels)

@@ -83,12 +83,19 @@ def test_the_epoch_with_the_least_loss_is_kept() -> None:
         parts.train.labels,
         parts.choose.features,
         parts.choose.labels,
-        TrainSettings(num_epochs=8, learning_rate=3e-2),
+        TrainSettings(num_epochs=8, learning_rate=3e-2, patience=8),
         lambda *one: seen.append(one),
     )
     assert [one[0] for one in seen] == list(range(1, 9))
     choosing = [one[2] for one in seen]
     assert choosing[found.epoch - 1] == min(choosing) == min(one for _, one in found.losses)
+
+
+def test_training_ends_when_nothing_gets_better() -> None:
+    """Labels by chance: what is learned is the training rounds by heart."""
+    parts = split(made_rounds(400, told_by_features=0.0), seed=0)
+    found = trained(parts, TrainSettings(num_epochs=50, learning_rate=1e-2, patience=2))
+    assert len(found.losses) == found.epoch + 2 < 50
 
 
 def test_features_are_standardised_from_the_training_rounds() -> None:
