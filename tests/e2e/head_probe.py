@@ -2,8 +2,7 @@
 
 from typing import Any
 
-# Request id, its committed tokens (the newest last), how many draft tokens the round verified, z.
-Record = tuple[str, list[int], int, list[float]]
+from tests.feature_reference import Record
 
 
 def watch_features(worker: Any) -> None:
