@@ -1,17 +1,25 @@
 """What a draft server knows of one engine: its open reply, and how fast it has been. Pure Python."""
 
 import math
+import time
 from dataclasses import dataclass, field
 
 from vllm_specbranch.benefit_gate import BenefitGate
 from vllm_specbranch.costs import LinearCost
 from vllm_specbranch.draft_request import DraftRequest
 from vllm_specbranch.messages import CommitBatch
+from vllm_specbranch.metrics import DraftServerCounters
 
 # Weight of the newest value in the running means; short, because batch sizes change within tens of rounds.
 MEAN_WEIGHT = 0.1
 # Two commits further apart than this have idle time between them, which says nothing about the target's speed.
 LONGEST_ROUND_S = 2.0
+# The counters that are counted per engine as well; what is no single engine's, want of blocks say, is counted for all.
+OF_REQUESTS = frozenset(
+    {"num_rounds", "num_hits", "num_misses", "num_drafted_tokens", "num_kept_tokens", "num_rollback_tokens"}
+    | {"num_branch_tokens_dropped", "num_forks", "num_steps", "num_rows", "num_prefill_tokens", "num_wait_steps"}
+    | {"num_unknown_requests"}
+)
 
 
 @dataclass(slots=True)
@@ -38,15 +46,40 @@ class PendingReply:
 
 
 @dataclass(slots=True)
+class Tally:
+    """What is counted for one engine, for as long as it speaks through one connection.
+
+    Attributes:
+        counters: of its own requests.
+        others: the server's counters when it came; what is no single request's counts from then on.
+        life: names this tally.
+    """
+
+    counters: DraftServerCounters = field(default_factory=DraftServerCounters)
+    others: dict[str, int] = field(default_factory=dict)
+    life: int = field(default_factory=time.time_ns)
+
+    def as_dict(self, server: DraftServerCounters) -> dict[str, int]:
+        """Name to value, `server` being all engines' counters."""
+        own = self.counters.as_dict()
+        for name, count in server.as_dict().items():
+            if name not in OF_REQUESTS:
+                own[name] = count - self.others.get(name, 0)
+        return own
+
+
+@dataclass(slots=True)
 class Peer:
     """One engine: its open reply, and how fast it has been.
 
     Attributes:
         wants_top_probs: as its `Hello` said.
         gate: whether a length head that is learned while serving pays here.
+        tally: what its metrics are made from; outlasts a `Hello`.
     """
 
     wants_top_probs: bool = False
+    tally: Tally = field(default_factory=Tally)
     pending: PendingReply | None = None
     last_commit_s: float | None = None
     token_s: float = 0.0

@@ -15,6 +15,7 @@ from vllm_specbranch.draft_sampling import RandomNumber, draw, uniform
 from vllm_specbranch.errors import TreeError
 from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
 from vllm_specbranch.messages import Draft, Sampling
+from vllm_specbranch.metrics import DraftServerCounters
 from vllm_specbranch.online_head import Example
 from vllm_specbranch.token_tree import Candidates, CommitResult, TokenTree
 
@@ -49,6 +50,8 @@ class DraftRequest:
         self.examples: list[Example] = []
         # Gave its drafted KV back; until its next commit nothing more is drafted for it.
         self.is_shortened = False
+        # Of the engine that it belongs to.
+        self.counters = DraftServerCounters()
         self._random_number = random_number
         self._kv = kv
         self._sequence_ids = sequence_ids
@@ -79,6 +82,10 @@ class DraftRequest:
         self._kv.allocate(sequence)
         (leaf,) = self.tree.leaves()
         self._owned[leaf] = sequence
+
+    def block_ids(self) -> set[int]:
+        """The KV blocks that it holds, those that its branches share once."""
+        return {block for sequence in self._owned.values() for block in self._kv.block_ids(sequence)}
 
     def sequence(self, leaf: int) -> int:
         """The KV sequence of a leaf."""

@@ -6,13 +6,12 @@ drive it in memory, `draft_loop` serves it. Knows nothing of vLLM. Runs in the d
 
 import logging
 import math
-import time
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
 from vllm_specbranch import messages
-from vllm_specbranch.draft_peers import Peer, PendingReply
+from vllm_specbranch.draft_peers import Peer, PendingReply, Tally
 from vllm_specbranch.draft_request import DraftRequest
 from vllm_specbranch.draft_steps import Batch, DraftSteps, Key
 from vllm_specbranch.draft_work import MAX_DECODE_TOKENS
@@ -41,7 +40,6 @@ class DraftServer(DraftSteps):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._peers: dict[bytes, Peer] = {}
-        self._life = time.time_ns()
         self.is_stopping = False
 
     # --- messages ---------------------------------------------------------------------------------------------------------
@@ -69,12 +67,19 @@ class DraftServer(DraftSteps):
     def _greet(self, peer: bytes, hello: messages.Hello) -> list[Reply]:
         for key in [key for key in self._requests if key[0] == peer]:
             self._close(key)
-        self._peers[peer] = Peer(hello.wants_top_probs)
+        self._peers[peer] = Peer(hello.wants_top_probs, self._meet(peer).tally)
         if hello.vocab_size != self._model.vocab_size:
             reason = f"the target's vocabulary has {hello.vocab_size} tokens, the draft's {self._model.vocab_size}"
             return [(peer, messages.Refused(hello.session, reason, True))]
         ready = messages.Ready(hello.session, self._model.max_model_len, self.kv.num_blocks, self.kv.block_size)
         return [(peer, ready)]
+
+    def _meet(self, peer: bytes) -> Peer:
+        """What is known of an engine, which may be new."""
+        known = self._peers.get(peer)
+        if known is None:
+            known = self._peers[peer] = Peer(tally=Tally(others=self.counters.as_dict()))
+        return known
 
     def _begin_step(self, peer: bytes, message: messages.StepBegin) -> None:
         for request_id in message.closes:
@@ -87,6 +92,7 @@ class DraftServer(DraftSteps):
             self._requests[key] = DraftRequest(
                 opened.tokens, self.kv, self._sequence_ids, opened.sampling, self._random_number
             )
+            self._requests[key].counters = self._meet(peer).tally.counters
 
     def refuse(self, error: WireError) -> messages.Failure:
         """Count and log a message that was not taken in; returns the answer to it."""
@@ -106,7 +112,7 @@ class DraftServer(DraftSteps):
     def _commit_batch(self, peer_id: bytes, message: messages.CommitBatch) -> None:
         for commit in message.commits:
             self._check_tokens(commit.tokens)
-        peer = self._peers.setdefault(peer_id, Peer())
+        peer = self._meet(peer_id)
         now_s = self._clock()
         head = self._planner.online_head
         peer.observe_round(now_s, message, is_head_ready=head is not None and head.is_ready)
@@ -119,7 +125,8 @@ class DraftServer(DraftSteps):
                 pending.unknown.append(commit.request_id)
             else:
                 pending.hits[commit.request_id] = hit
-        self.counters.num_unknown_requests += len(pending.unknown)
+        for counters in (self.counters, peer.tally.counters):
+            counters.num_unknown_requests += len(pending.unknown)
         peer.pending = pending
 
     def _prices(self, peer: Peer, commits: Sequence[messages.Commit]) -> list[float]:
@@ -153,7 +160,7 @@ class DraftServer(DraftSteps):
             return None
         # The requests are kept in the order of their last commit: the first is the first to be evicted.
         self._requests[key] = request
-        self._count(result.hit, result.num_matched, line, num_nodes - len(tree))
+        self._count(request, result.hit, result.num_matched, line, num_nodes - len(tree))
         if not self._fits(request):
             request.evict()
         else:
@@ -196,15 +203,15 @@ class DraftServer(DraftSteps):
             count += 1
         return count
 
-    def _count(self, hit: bool, num_matched: int, line: int, num_dropped: int) -> None:
-        counters = self.counters
-        counters.num_rounds += 1
-        counters.num_hits += hit
-        counters.num_misses += not hit
-        counters.num_kept_tokens += num_matched
+    def _count(self, request: DraftRequest, hit: bool, num_matched: int, line: int, num_dropped: int) -> None:
         rollback = 0 if hit else max(0, line - num_matched)
-        counters.num_rollback_tokens += rollback
-        counters.num_branch_tokens_dropped += max(0, num_dropped - num_matched - rollback)
+        for counters in (self.counters, request.counters):
+            counters.num_rounds += 1
+            counters.num_hits += hit
+            counters.num_misses += not hit
+            counters.num_kept_tokens += num_matched
+            counters.num_rollback_tokens += rollback
+            counters.num_branch_tokens_dropped += max(0, num_dropped - num_matched - rollback)
 
     def _fits(self, request: DraftRequest) -> bool:
         num_blocks = -(-(request.tree.num_tokens + 1) // self.kv.block_size)
@@ -219,16 +226,21 @@ class DraftServer(DraftSteps):
             query, len(self._requests), self.kv.num_held, self.kv.num_blocks, self.counters.as_dict(), timings
         )
 
-    def report(self, peer_id: bytes) -> messages.Report:
-        """How this server stands, as it rides on a reply to `peer_id`."""
-        num_requests = sum(key[0] == peer_id for key in self._requests)
+    def report(self, peer_id: bytes) -> messages.Report | None:
+        """How this server stands with an engine, as it rides on a reply to it; None for one that it does not know (any more)."""
+        peer = self._peers.get(peer_id)
+        if peer is None:
+            return None
+        tally = peer.tally
+        own = [request for key, request in self._requests.items() if key[0] == peer_id]
+        is_alone = len(own) == len(self._requests)
         return messages.Report(
-            self._life,
-            num_requests,
+            tally.life,
+            len(own),
             self.num_queued_rows,
-            self.kv.num_held,
+            self.kv.num_held if is_alone else len(set().union(*(one.block_ids() for one in own))),
             self.kv.num_blocks,
-            self.counters.as_dict(),
+            tally.as_dict(self.counters),
         )
 
     # --- replies ----------------------------------------------------------------------------------------------------------

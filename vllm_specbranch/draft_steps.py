@@ -162,8 +162,12 @@ class DraftSteps:
         else:
             self._timings.observe(len(batch.rows), duration_s)
         self.counters.num_steps += 1
-        self.counters.num_rows += len(batch.rows)
-        self.counters.num_prefill_tokens += num_prefill_tokens
+        for counters in {id(one.request.counters): one.request.counters for one in batch.work}.values():
+            counters.num_steps += 1
+        for one in batch.work:
+            for counters in (self.counters, one.request.counters):
+                counters.num_rows += 1
+                counters.num_prefill_tokens += _num_prefill_tokens([one])
 
     def _growth_s(self, num_pending: Sequence[int], now_s: float) -> float:
         """Seconds until chunks grow whose ends lack so many tokens of KV; the step in flight feeds those that lack none."""
@@ -198,6 +202,8 @@ class DraftSteps:
         waiting = self._awaited_growth()
         if waiting:
             self.counters.num_wait_steps += 1
+            for counters in {id(one.counters): one.counters for one, _ in waiting}.values():
+                counters.num_wait_steps += 1
             return self._limits.cut([Work(one, end, one.num_pending(end)) for one, end in waiting], None)
         return self._wanted_of_all()
 
@@ -244,7 +250,7 @@ class DraftSteps:
         if chunk.is_complete or node.candidates is None or request.is_evicted:
             return chunk
         self._planner.branching.grow_chunk(request.tree, request.extend(chunk.end, node.choice))
-        self.counters.num_drafted_tokens += 1
+        self._count_drafted(request)
         return self._chunk(request)
 
     def _chunk(self, request: DraftRequest) -> Chunk:
@@ -262,15 +268,19 @@ class DraftSteps:
         is_sampled = request.is_sampled
         for leaf, token in branching.extensions(tree, end, is_sampled=is_sampled, price=request.price):
             branching.grow_extension(tree, leaf, request.extend(leaf, token), is_sampled=is_sampled)
-            self.counters.num_drafted_tokens += 1
+            self._count_drafted(request)
         most = 1 if self._is_pressed else None
         for fork in branching.forks(tree, end, is_sampled=is_sampled, most=most):
             # An evicted chain is fed anew before anything can pass through it.
             if not request.has_kv(fork.node_id):
                 continue
-            self.counters.num_forks += bool(tree.node(fork.node_id).children)
-            self.counters.num_drafted_tokens += 1
+            self._count_drafted(request, is_fork=bool(tree.node(fork.node_id).children))
             branching.grow_fork(tree, fork, request.extend(fork.node_id, fork.token))
+
+    def _count_drafted(self, request: DraftRequest, *, is_fork: bool = False) -> None:
+        for counters in (self.counters, request.counters):
+            counters.num_drafted_tokens += 1
+            counters.num_forks += is_fork
 
     def check_integrity(self) -> None:
         """Raise unless every request and the block pool are consistent; for tests and idle moments."""

@@ -255,12 +255,12 @@ class Report(_Wire, frozen=True):
     """How the draft server stands, for the engine's metrics; rides on its replies, so nothing is asked and nothing waits for it.
 
     Args:
-        life: names this life of the server, so that counters which begin again at 0 are seen as such.
+        life: names what these counters belong to, a life of the server or of the connection; another one begins at 0.
         num_requests: open requests of the engine that is answered.
         num_queued_rows: rows, and prefills, that the server would draft and left for later when it last chose among all requests.
-        num_blocks_held: KV blocks in use.
+        num_blocks_held: KV blocks in use by the engine that is answered.
         num_blocks: KV blocks in all.
-        counters: event counts of this life.
+        counters: event counts of this life: of the engine's own requests, and of what happened to the server in that time.
     """
 
     life: Count

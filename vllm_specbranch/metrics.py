@@ -247,7 +247,10 @@ _DESCRIBED = (
         "state.num_queued_rows", "draft_queued_rows", "Rows that the draft server left for later.", is_of_requests=True
     ),
     Metric(
-        "state.num_blocks_held", "draft_kv_blocks_held", "KV blocks of the draft model in use.", is_of_requests=True
+        "state.num_blocks_held",
+        "draft_kv_blocks_held",
+        "KV blocks of the draft model that it holds.",
+        is_of_requests=True,
     ),
     Metric("state.num_blocks", "draft_kv_blocks", "KV blocks of the draft model in all."),
 )
