@@ -160,5 +160,7 @@ def _send(server: DraftServer, endpoint: ServerEndpoint, replies: Iterable[Reply
     """Send replies; on those that end a round rides how the server stands."""
     for peer, reply in replies:
         if isinstance(reply, messages.DraftBatch) and reply.is_final:
+            server.counters.num_malformed_messages = endpoint.num_dropped
+            server.counters.num_flood_messages = endpoint.num_refused
             reply = msgspec.structs.replace(reply, report=server.report(peer))
         endpoint.send(peer, reply)

@@ -33,6 +33,8 @@ class DraftServerCounters:
     num_refused_messages: int = 0
     num_turned_away: int = 0
     num_expired_requests: int = 0
+    num_malformed_messages: int = 0
+    num_flood_messages: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Name to value, in the order above."""
@@ -184,6 +186,16 @@ _DESCRIBED = (
     ),
     Metric("server.num_turned_away", "turned_away_total", "Requests over the limits of a shared draft server."),
     Metric("server.num_expired_requests", "expired_requests_total", "Requests of engines whose lease was over."),
+    Metric(
+        "server.num_malformed_messages",
+        "malformed_messages_total",
+        "Bytes that came to the draft server and were no message.",
+    ),
+    Metric(
+        "server.num_flood_messages",
+        "flood_messages_total",
+        "Messages dropped unread because their sender was too fast.",
+    ),
     Metric("engine.num_rounds", "verifications_total", "Chunks of draft tokens that the target verified."),
     Metric(
         "engine.num_foreign_drafts",

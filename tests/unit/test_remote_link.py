@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,7 +17,7 @@ from tests.fake_draft_server import OFFER
 from tests.fakes import FakeDraftModel
 from vllm_specbranch import messages
 from vllm_specbranch.draft_link import DraftLink
-from vllm_specbranch.keys import ClientKeys, load_client_keys, load_server_keys, make_keys
+from vllm_specbranch.keys import CLIENT_PUBLIC, CLIENTS, ClientKeys, load_client_keys, load_server_keys, make_keys
 from vllm_specbranch.messages import Commit, CommitBatch, Draft, Open, StepBegin, Terms
 from vllm_specbranch.metrics import EngineCounters
 from vllm_specbranch.remote_server import RemoteServer
@@ -238,6 +239,51 @@ def test_an_engine_with_an_unknown_key_decodes_without_drafts(
     finally:
         other.link.close()
     engine.draft()
+
+
+def flood(address: str, keys: ClientKeys, stop: threading.Event) -> None:
+    """A known engine gone wrong: garbage and many requests as fast as they are taken, and no reply is ever read."""
+    channel = connect(address, keys)
+    channel.send(messages.Hello("hostile", 50, 1000, False, TERMS))
+    opens = [Open(f"request {number}", list(range(20)), None) for number in range(1000)]
+    commits = [Commit(one.request_id, 20, [1], 0, None) for one in opens]
+    channel.send(StepBegin(opens[:100], []))
+    number = 0
+    while not stop.is_set():
+        number += 1
+        sent = channel.send(CommitBatch(number, 0.0, commits[:100], None)) if number % 10 == 0 else None
+        sent = channel._link.send([b"garbage"]) or sent  # type: ignore[attr-defined]
+        if not sent:
+            time.sleep(0.001)
+    channel.close()
+
+
+def test_an_engine_gone_wrong_does_not_stop_the_others(
+    keys: Path, servers: Servers, engine: Engine, tmp_path: Path
+) -> None:
+    make_keys(tmp_path / "other")
+    hostile = replace(load_client_keys(tmp_path / "other"), server=load_server_keys(keys).public)
+    (keys / CLIENTS / "hostile.key").write_bytes((tmp_path / "other" / CLIENT_PUBLIC).read_bytes())
+    engine.draft()
+    stop = threading.Event()
+    thread = threading.Thread(target=flood, args=(servers.address, hostile, stop))
+    thread.start()
+    try:
+        for _ in range(5):
+            engine.draft()
+        engine.run_until(lambda: flooded(engine))
+        engine.draft()
+    finally:
+        stop.set()
+        thread.join()
+    assert engine.link.generation == 1, "its session lasted"
+
+
+def flooded(engine: Engine) -> bool:
+    """Whether the server has dropped messages unread; asked for between two rounds."""
+    status = engine.link.query_status(SOON_S)
+    assert status is not None
+    return status.counters["num_flood_messages"] > 0 and status.counters["num_malformed_messages"] > 0
 
 
 def test_an_engine_starts_without_its_server_and_finds_it_later(keys: Path, servers: Servers) -> None:
