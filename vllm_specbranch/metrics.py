@@ -175,6 +175,11 @@ _DESCRIBED = (
         "narrowings_total",
         "Requests that lost branches for want of KV blocks of the draft model.",
     ),
+    Metric(
+        "server.num_shortenings",
+        "shortenings_total",
+        "Requests that lost the KV blocks of what was drafted for them, but not those of what is committed.",
+    ),
     Metric("server.num_evictions", "evictions_total", "Requests that lost all their KV blocks of the draft model."),
     Metric(
         "server.num_unknown_requests",
