@@ -119,9 +119,10 @@ def _doctor(_: argparse.Namespace) -> int:
 def _keys(args: argparse.Namespace) -> int:
     from vllm_specbranch import keys
 
-    made = keys.make_keys(args.out)
+    made = keys.make_keys(args.out) if args.server is None else keys.make_client_keys(args.out, args.server)
     lines = "".join(f"  {path}\n" for path in made)
-    _write(f"Made the keys of a draft server and of its engines:\n{lines}{_KEYS_ADVICE}\n")
+    whose = "a draft server and of its engines" if args.server is None else "one more engine"
+    _write(f"Made the keys of {whose}:\n{lines}{_KEYS_ADVICE}\n")
     return 0
 
 
@@ -216,6 +217,9 @@ def _parser() -> argparse.ArgumentParser:
     keys = commands.add_parser("keys", help="make the keys of a draft server that engines reach over TCP")
     keys.set_defaults(command=_keys)
     keys.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory, for its owner alone")
+    keys.add_argument(
+        "--server", type=Path, metavar="DIR", help="keys of a server: make those of one more engine for it"
+    )
     _add_draft_server(commands.add_parser("draft-server", help="serve a draft model to engines, over TCP"))
     _add_train_head(commands.add_parser("train-head", help="train a length head for a pair, and say whether it pays"))
     doctor = commands.add_parser("doctor", help="check whether specbranch can run here")

@@ -52,6 +52,7 @@ _SERVER_KEYS = (
     "draft_cpu_cores",
     "draft_kv_cache_bytes",
     "draft_gpu_memory_utilization",
+    "enforce_eager",
 )
 
 EXAMPLE_SETTINGS = '{"model": "path or hub id of the draft model", "num_speculative_tokens": 8}'
@@ -187,6 +188,9 @@ class SpecBranchConfig:
         if self.deterministic:
             allowed = "false with a draft server that other engines may use as well"
             raise ConfigError(self.deterministic, allowed, "deterministic")
+        if self.length_head == ONLINE_HEAD:
+            allowed = "a trained head's folder, or unset: `vllm-specbranch draft-server` has a setting for learning while serving"
+            raise ConfigError(self.length_head, allowed, "length_head")
         for key in _SERVER_KEYS:
             if key in given:
                 allowed = "unset with a draft server of its own: it is a setting of `vllm-specbranch draft-server`"

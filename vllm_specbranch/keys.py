@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import stat
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal
@@ -73,25 +74,39 @@ def make_keys(directory: str | Path) -> list[Path]:
         ConfigError: there is something in the directory, others may enter it, or it cannot be written.
     """
     root = Path(directory)
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(root.iterdir()):
-            raise ConfigError(str(directory), "a new or an empty directory: keys are never overwritten", "--out")
-        root.chmod(0o700)
-        (root / CLIENTS).mkdir(mode=0o700)
-        server_public, server_secret = zmq.curve_keypair()
-        client_public, client_secret = zmq.curve_keypair()
-        files = {
-            SERVER_SECRET: _text(server_public, server_secret),
-            CLIENT_PUBLIC: _text(client_public),
-            CLIENT_SECRET: _text(client_public, client_secret),
-            SERVER_PUBLIC: _text(server_public),
-        }
-        for name, text in files.items():
-            _write(root / name, text)
-    except OSError as error:
-        raise ConfigError(str(directory), f"a directory that can be made and written ({error})", "--out") from error
-    return [root / name for name in files]
+    server_public, server_secret = zmq.curve_keypair()
+    client_public, client_secret = zmq.curve_keypair()
+    return _write_all(
+        root,
+        {
+            root / SERVER_SECRET: _text(server_public, server_secret),
+            root / CLIENT_PUBLIC: _text(client_public),
+            root / CLIENT_SECRET: _text(client_public, client_secret),
+            root / SERVER_PUBLIC: _text(server_public),
+        },
+    )
+
+
+def make_client_keys(directory: str | Path, server: str | Path) -> list[Path]:
+    """Make the pair of one more client of a server, and let the server admit it.
+
+    Args:
+        directory: new, or empty; its name becomes that of the public key among the server's clients.
+        server: the directory of the server's keys.
+
+    Returns:
+        The files made.
+
+    Raises:
+        ConfigError: as of `make_keys`, the server's keys cannot be used, or it has a client of this name.
+    """
+    root, clients = Path(directory), load_server_keys(server, "--server")
+    admitted = clients.clients / f"{root.resolve().name}.key"
+    if admitted.exists():
+        raise ConfigError(str(directory), f"a directory of another name: there is a client {admitted.name}", "--out")
+    public, secret = zmq.curve_keypair()
+    files = {root / CLIENT_SECRET: _text(public, secret), root / SERVER_PUBLIC: _text(clients.public)}
+    return _write_all(root, files | {admitted: _text(public)})
 
 
 def load_server_keys(directory: str | Path, field_name: str = "--keys") -> ServerKeys:
@@ -167,6 +182,21 @@ class AllowList:
             except (OSError, ValueError):
                 logger.warning("%s holds no public key.", path)
         return keys
+
+
+def _write_all(root: Path, files: Mapping[Path, str]) -> list[Path]:
+    """Write key files, in a directory that has been empty; see `make_keys`."""
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if any(root.iterdir()):
+            raise ConfigError(str(root), "a new or an empty directory: keys are never overwritten", "--out")
+        root.chmod(0o700)
+        for path, text in files.items():
+            path.parent.mkdir(mode=0o700, exist_ok=True)
+            _write(path, text)
+    except OSError as error:
+        raise ConfigError(str(root), f"a directory that can be made and written ({error})", "--out") from error
+    return list(files)
 
 
 def _files(clients: Path) -> list[Path]:

@@ -98,6 +98,8 @@ def _draft_settings(given: Mapping[str, object]) -> SpecBranchConfig:
         raise ConfigError(config.draft_placement, "unset: it belongs to the engine", "draft_placement")
     if config.deterministic:
         raise ConfigError(True, "false: what several engines share cannot be the same at every run", "deterministic")
+    if config.trained_head is not None:
+        raise ConfigError(config.trained_head, "'online' or unset: a trained head belongs to the engine", "length_head")
     if config.draft_device is not None:
         raise ConfigError(config.draft_device, "unset: choose the device with CUDA_VISIBLE_DEVICES", "draft_device")
     return config

@@ -159,6 +159,8 @@ def test_an_address_needs_keys_or_the_word(keys: str) -> None:
         ("draft_cpu_cores", [1]),
         ("draft_kv_cache_bytes", 1000),
         ("draft_gpu_memory_utilization", 0.9),
+        ("enforce_eager", True),
+        ("length_head", "online"),
         ("deterministic", True),
     ],
 )

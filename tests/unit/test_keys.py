@@ -41,6 +41,24 @@ def test_the_keys_of_both_sides_fit_together_and_are_private(tmp_path: Path) -> 
     assert server.secret != client.secret
 
 
+def test_one_more_engine_gets_keys_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, more = tmp_path / "keys", tmp_path / "second"
+    make_keys(root)
+    assert cli.main(["keys", "--out", str(more), "--server", str(root)]) == 0
+    assert "one more engine" in capsys.readouterr().out
+    first, second, server = load_client_keys(root), load_client_keys(more), load_server_keys(root)
+    assert second.server == server.public
+    assert zmq.auth.load_certificates(server.clients) == {first.public: True, second.public: True}
+    assert sorted(path.relative_to(more).as_posix() for path in more.rglob("*")) == [CLIENT_SECRET, SERVER_PUBLIC]
+    assert {path.stat().st_mode & 0o777 for path in [*more.iterdir(), server.clients / "second.key"]} == {0o600}
+    assert cli.main(["keys", "--out", str(tmp_path / "elsewhere" / "second"), "--server", str(root)]) == 2
+    assert "another name" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
+    assert cli.main(["keys", "--out", str(tmp_path / "third"), "--server", str(more)]) == 2
+    assert "server.key_secret" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
 def test_secrets_are_in_no_repr(tmp_path: Path) -> None:
     make_keys(tmp_path / "keys")
     for keys in (load_server_keys(tmp_path / "keys"), load_client_keys(tmp_path / "keys")):

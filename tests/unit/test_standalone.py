@@ -58,6 +58,7 @@ def test_words_that_cannot_be_used(words: list[str], capsys: pytest.CaptureFixtu
         ('{"model": "other"}', "given once"),
         ('{"policy": "none"}', "policy='none'"),
         ('{"deterministic": true}', "deterministic=True"),
+        ('{"length_head": "folder"}', "a trained head belongs to the engine"),
         ('{"draft_device": 0}', "CUDA_VISIBLE_DEVICES"),
         ('{"draft_placement": "tcp://host:1", "draft_keys": "insecure"}', "belongs to the engine"),
         ('{"draft_cpu_cores": [100000]}', "draft_cpu_cores=[100000]"),
