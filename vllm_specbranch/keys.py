@@ -157,6 +157,7 @@ class AllowList:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self._broken: set[Path] = set()
         self.num_refused = 0
 
     def callback(self, domain: str, key: bytes) -> bool:
@@ -180,7 +181,9 @@ class AllowList:
             try:
                 keys.add(zmq.auth.load_certificate(path)[0])
             except (OSError, ValueError):
-                logger.warning("%s holds no public key.", path)
+                if path not in self._broken:
+                    logger.warning("%s holds no public key.", path)
+                self._broken.add(path)
         return keys
 
 

@@ -7,12 +7,11 @@ open, takes leave of its engines, and exits. It is nobody's child: who started i
 import logging
 import os
 import signal
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_specbranch.addresses import is_tcp, tcp_host_and_port
+from vllm_specbranch.addresses import is_tcp
 from vllm_specbranch.config import SpecBranchConfig, limit_threads
 from vllm_specbranch.draft_identity import draft_identity
 from vllm_specbranch.draft_loop import serve
@@ -20,7 +19,7 @@ from vllm_specbranch.draft_main import make_server
 from vllm_specbranch.draft_model import DraftModel, DraftModelSettings
 from vllm_specbranch.draft_sessions import Offer, SharedDraftServer
 from vllm_specbranch.draft_work import Limits
-from vllm_specbranch.errors import ConfigError, WireError
+from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.keys import INSECURE, ServerSecurity, load_server_keys
 from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.transport import ServerEndpoint, bind
@@ -63,7 +62,10 @@ def run(settings: StandaloneSettings, write: Callable[[str], None]) -> int:
     """
     config = _draft_settings(settings.draft)
     security: ServerSecurity = INSECURE if settings.keys is None else load_server_keys(settings.keys)
-    _check_address(settings.bind)
+    if not is_tcp(settings.bind):
+        raise ConfigError(settings.bind, "tcp://host:port", "--bind")
+    # Looked at before minutes are spent on a model.
+    bind(settings.bind, security).close()
     if config.draft_cpu_cores:
         _take_cores(config.draft_cpu_cores)
     if security == INSECURE:
@@ -103,18 +105,6 @@ def _draft_settings(given: Mapping[str, object]) -> SpecBranchConfig:
     if config.draft_device is not None:
         raise ConfigError(config.draft_device, "unset: choose the device with CUDA_VISIBLE_DEVICES", "draft_device")
     return config
-
-
-def _check_address(address: str) -> None:
-    """Look whether the address is free before minutes are spent on a model."""
-    if not is_tcp(address):
-        raise ConfigError(address, "tcp://host:port", "--bind")
-    host, port = tcp_host_and_port(address, to_bind=True)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server(("" if host == "*" else host, port), family=family).close()
-    except OSError as error:
-        raise WireError(f"cannot listen at {address!r}: {error.strerror or error}") from error
 
 
 def _take_cores(cores: tuple[int, ...]) -> None:

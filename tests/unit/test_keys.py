@@ -150,4 +150,5 @@ def test_clients_come_and_go_while_the_server_runs(tmp_path: Path, caplog: pytes
     assert not allowed.callback("", one.public)
     assert not allowed.callback("", one.public)
     assert allowed.num_refused == 3
+    assert sum("holds no public key" in record.message for record in caplog.records) == 1
     assert sum("Turned a client away" in record.message for record in caplog.records) == 1

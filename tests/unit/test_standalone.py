@@ -83,3 +83,5 @@ def test_keys_and_address_are_checked_before_the_model_loads(
         address = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         assert cli.main([*WORDS[:4], address, "--keys", str(tmp_path / "keys")]) == 1
     assert "in use" in capsys.readouterr().err
+    assert cli.main([*WORDS[:4], "tcp://no-such-host.invalid:5600", "--insecure"]) == 1
+    assert "no-such-host" in capsys.readouterr().err
