@@ -15,7 +15,7 @@ from vllm.v1.outputs import DraftTokenIds
 
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.messages import MAX_MESSAGE_BYTES, Draft
-from vllm_specbranch.snapshots import Snapshot
+from vllm_specbranch.snapshots import Sample
 
 logger = logging.getLogger("vllm.specbranch.draft_distributions")
 
@@ -63,11 +63,11 @@ class SampledDraftTokenIds(DraftTokenIds):
 
     Attributes:
         distributions: by request id; a request without one is verified as one-hot.
-        snapshot: for the metrics; empty on what has none.
+        sample: for the metrics.
     """
 
     distributions: dict[str, ChunkDistributions] = field(default_factory=dict)
-    snapshot: Snapshot = field(default_factory=dict)
+    sample: Sample | None = None
 
 
 def most_top_m(config: SpecBranchConfig, max_num_seqs: int) -> int:

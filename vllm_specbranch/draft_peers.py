@@ -20,6 +20,7 @@ OF_REQUESTS = frozenset(
     | {"num_branch_tokens_dropped", "num_forks", "num_steps", "num_rows", "num_prefill_tokens", "num_wait_steps"}
     | {"num_unknown_requests"}
 )
+_OF_ALL = tuple(name for name in DraftServerCounters().as_dict() if name not in OF_REQUESTS)
 
 
 @dataclass(slots=True)
@@ -62,9 +63,8 @@ class Tally:
     def as_dict(self, server: DraftServerCounters) -> dict[str, int]:
         """Name to value, `server` being all engines' counters."""
         own = self.counters.as_dict()
-        for name, count in server.as_dict().items():
-            if name not in OF_REQUESTS:
-                own[name] = count - self.others.get(name, 0)
+        for name in _OF_ALL:
+            own[name] = getattr(server, name) - self.others.get(name, 0)
         return own
 
 

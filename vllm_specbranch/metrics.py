@@ -5,9 +5,25 @@ of the design: counts start with `num_`, "draft tokens" are those sent to verifi
 made. Runs in every process.
 """
 
+import functools
+import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@functools.cache
+def _scalars(kind: type) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    """The names of a counter class's scalars, and what reads them all at once."""
+    names = tuple(one.name for one in fields(kind) if not one.name.endswith("_by_position"))
+    return names, operator.attrgetter(*names)
+
+
+def _as_dict(counters: Any) -> dict[str, Any]:
+    # At every step, so without a loop in Python.
+    names, read = _scalars(counters.__class__)
+    return dict(zip(names, read(counters), strict=True))
 
 
 @dataclass(slots=True)
@@ -38,7 +54,7 @@ class DraftServerCounters:
 
     def as_dict(self) -> dict[str, int]:
         """Name to value, in the order above."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return _as_dict(self)
 
 
 @dataclass(slots=True)
@@ -92,7 +108,7 @@ class EngineCounters:
 
     def as_dict(self) -> dict[str, float]:
         """Name to value for the scalar counters."""
-        return {name: getattr(self, name) for name in self.__slots__ if not name.endswith("_by_position")}
+        return _as_dict(self)
 
 
 @dataclass(slots=True)
@@ -112,7 +128,7 @@ class SchedulerCounters:
 
     def as_dict(self) -> dict[str, int]:
         """Name to value, in the order above."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return _as_dict(self)
 
 
 PREFIX = "vllm:specbranch_"

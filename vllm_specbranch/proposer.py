@@ -33,7 +33,7 @@ from vllm_specbranch.engine_pace import EnginePace
 from vllm_specbranch.metrics import EngineCounters, rates
 from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
 from vllm_specbranch.scorer import Scorer
-from vllm_specbranch.snapshots import SnapshotMaker
+from vllm_specbranch.snapshots import Sample
 from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
 from vllm_specbranch.target_head import FeatureObserver, TargetHead
 
@@ -121,7 +121,7 @@ class Proposer:
         self._head = TargetHead(speculative.feature_layers, self._config.trained_head, self.counters)
         self.feature_observer: FeatureObserver | None = None
         self.draft_observer: Callable[[messages.Draft], None] | None = None
-        self._snapshots = SnapshotMaker()
+        self._report: messages.Report | None = None
         self._runner: _Runner | None = None
         self._link: DraftLink | None = None
         self._expected: dict[str, int] = {}
@@ -285,7 +285,7 @@ class Proposer:
         if reply is None:
             return None
         self.counters.num_replies += 1
-        self._snapshots.update(reply.report)
+        self._report = reply.report
         self._known.difference_update(reply.unknown)
         drafts = SampledDraftTokenIds([], [])
         for draft in reply.drafts:
@@ -296,15 +296,18 @@ class Proposer:
         return drafts
 
     @_survives(lambda drafts: drafts)
-    def with_snapshot(self, drafts: DraftTokenIds | None) -> DraftTokenIds | None:
+    def with_sample(self, drafts: DraftTokenIds | None) -> DraftTokenIds | None:
         """Let the numbers for `/metrics` go to the scheduler with a step's drafts, also where there are none; output rank only."""
         if self._link is None and not self._has_given_up:
             return drafts
         ours = drafts if isinstance(drafts, SampledDraftTokenIds) else SampledDraftTokenIds([], [])
-        state = {"has_given_up": self._has_given_up, "reply_timeout_s": self._pace.reply_timeout_ms / 1e3}
-        ours.snapshot = self._snapshots.make(
-            self.counters.as_dict(), state | (self._link.state() if self._link else LINK_GONE)
-        )
+        state: dict[str, float] = {
+            "has_given_up": self._has_given_up,
+            "reply_timeout_s": self._pace.reply_timeout_ms / 1e3,
+        }
+        state |= self._link.state() if self._link else LINK_GONE
+        ours.sample = Sample(self.counters.as_dict(), state, self._report)
+        self._report = None
         return ours
 
     def _hand_over(self, draft: messages.Draft, drafts: SampledDraftTokenIds) -> None:

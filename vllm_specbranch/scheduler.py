@@ -19,7 +19,7 @@ from vllm_specbranch import stat_logger
 from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds
 from vllm_specbranch.metrics import SchedulerCounters
 from vllm_specbranch.reclaim import BlockReclaimer, StepLimits, why_not
-from vllm_specbranch.snapshots import MetricsFeed
+from vllm_specbranch.snapshots import MetricsFeed, SnapshotMaker
 from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
 
 logger = logging.getLogger("vllm.specbranch.scheduler")
@@ -46,7 +46,8 @@ class SpecBranchScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._draft_distributions: dict[str, ChunkDistributions] = {}
-        self._metrics_feed = MetricsFeed()
+        self._snapshots = SnapshotMaker()
+        self._metrics_feed = MetricsFeed(self._snapshots.make)
         self._counters = SchedulerCounters()
         self._reclaim_blocks = self._whether_to_reclaim()
         self._reclaimer = BlockReclaimer(
@@ -119,8 +120,8 @@ class SpecBranchScheduler(Scheduler):
         super().update_draft_token_ids(draft_token_ids)
         if not isinstance(draft_token_ids, SampledDraftTokenIds):
             return
-        if draft_token_ids.snapshot:
-            self._metrics_feed.update(draft_token_ids.snapshot)
+        if draft_token_ids.sample is not None:
+            self._snapshots.update(draft_token_ids.sample)
         for request_id in draft_token_ids.req_ids:
             known = draft_token_ids.distributions.get(request_id)
             if known is None or request_id not in self.requests:

@@ -1,22 +1,39 @@
-"""How the numbers of `metrics` travel from the target's worker to the API servers: snapshots to the scheduler, deltas from there.
+"""How the numbers of `metrics` travel from the target's worker to the API servers: totals to the scheduler, differences from there.
 
     draft server    Report, on every final reply                                   counters of one life of the server
-    target worker   SnapshotMaker -> Snapshot, on every step's draft token ids     counters since the engine's start
-    EngineCore      MetricsFeed -> whole numbers on vLLM's own SchedulerStats      what was added since the last ones went out
+    target worker   Sample, on every step's draft token ids                        the same, and the engine's since its start
+    EngineCore      SnapshotMaker -> Snapshot, now and then                        counters since the engine's start
+                    MetricsFeed -> whole numbers on vLLM's own SchedulerStats      what was added since the last ones went out
     API servers     `stat_logger`
 
 Counters leave the EngineCore as differences because vLLM gives the statistics of a step to one API server, whichever has outputs
 in it, and Prometheus adds up what all of them have counted. Pure Python; says nothing of vLLM or Prometheus.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vllm_specbranch.messages import Report
 from vllm_specbranch.metrics import METRICS
 
 # So often at most an API server is told. A scrape is seconds apart.
 FEED_PERIOD_S = 0.5
+
+
+class Sample(NamedTuple):
+    """What a worker knows after a step; made and sent at every one, so it holds things as they are.
+
+    Attributes:
+        counters: of the engine, by name.
+        state: gauges of the engine's side, by name; seconds where the name ends in `_s`.
+        report: of the draft server, if one came with this step's reply.
+    """
+
+    counters: dict[str, float]
+    state: dict[str, float]
+    report: Report | None
+
 
 Snapshot = dict[str, int]
 """By the key of a `Metric`: counters since the engine's start, and gauges."""
@@ -52,28 +69,29 @@ class ServerTotals:
 
 @dataclass(slots=True)
 class SnapshotMaker:
-    """Makes the snapshots of one engine, in its target's worker."""
+    """Makes the snapshots of one engine, in its EngineCore."""
 
     _totals: ServerTotals = field(default_factory=ServerTotals)
     _report: Report | None = None
 
-    def update(self, report: Report | None) -> None:
-        """Take in what rode on a reply, if anything did."""
-        if report is not None:
-            self._totals.update(report)
-            self._report = report
+    _sample: Sample | None = None
 
-    def make(self, counters: Mapping[str, float], state: Mapping[str, float]) -> Snapshot:
-        """Return what is known now.
+    def update(self, sample: Sample) -> None:
+        """Take in what came from the worker."""
+        self._sample = sample
+        if sample.report is not None:
+            self._totals.update(sample.report)
+            self._report = sample.report
 
-        Args:
-            counters: of the engine, by name.
-            state: gauges of the engine's side, by name; seconds where the name ends in `_s`.
-        """
+    def make(self) -> Snapshot:
+        """Return what is known now; empty before there was a sample."""
+        if self._sample is None:
+            return {}
+        counters = self._sample.counters
         values: dict[str, float] = {f"engine.{name}": value for name, value in counters.items()}
         values["engine.num_server_restarts"] = max(0, counters.get("num_server_starts", 0) - 1)
         values |= {f"server.{name}": value for name, value in self._totals.as_dict().items()}
-        values |= {f"state.{name}": value for name, value in state.items()}
+        values |= {f"state.{name}": value for name, value in self._sample.state.items()}
         if self._report is not None:
             values["state.num_requests"] = self._report.num_requests
             values["state.num_queued_rows"] = self._report.num_queued_rows
@@ -83,16 +101,16 @@ class SnapshotMaker:
 
 
 class MetricsFeed:
-    """Says in the EngineCore what the API servers are to add and to show, now and then."""
+    """Says in the EngineCore what the API servers are to add and to show, now and then.
 
-    def __init__(self) -> None:
-        self._snapshot: Snapshot = {}
+    Args:
+        make: of the newest snapshot; called when it is time only.
+    """
+
+    def __init__(self, make: Callable[[], Snapshot]) -> None:
+        self._make = make
         self._told: dict[str, int] = {}
         self._told_s = -FEED_PERIOD_S
-
-    def update(self, snapshot: Snapshot) -> None:
-        """Take in the newest snapshot of the worker."""
-        self._snapshot = snapshot
 
     def take(self, now_s: float, scheduler: Mapping[str, int], *, is_idle: bool) -> dict[str, int]:
         """What has been counted since the last call that returned something, and all gauges; empty when it is not time.
@@ -102,12 +120,15 @@ class MetricsFeed:
             scheduler: the scheduler's own counters.
             is_idle: whether no request is left; no step may follow then for long, so everything goes out.
         """
-        if not self._snapshot or (now_s - self._told_s < FEED_PERIOD_S and not is_idle):
+        if now_s - self._told_s < FEED_PERIOD_S and not is_idle:
+            return {}
+        snapshot = self._make()
+        if not snapshot:
             return {}
         self._told_s = now_s
         news: dict[str, int] = {}
         for key, value in (
-            *self._snapshot.items(),
+            *snapshot.items(),
             *((f"scheduler.{name}", count) for name, count in scheduler.items()),
         ):
             if key in _GAUGES:

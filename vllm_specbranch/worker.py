@@ -76,7 +76,7 @@ class _SpecBranchWorker(_Base):
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         """Collect the drafts, after the step's outputs have been queued."""
         if self._proposer is not None:
-            return self._proposer.with_snapshot(self._proposer.take_draft_token_ids())
+            return self._proposer.with_sample(self._proposer.take_draft_token_ids())
         return super().take_draft_token_ids()
 
     def specbranch_status(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from openai import AsyncOpenAI
 from tests.e2e.conftest import BLOCK_SIZE, MAX_MODEL_LEN
 from tests.model_paths import DRAFT, REPOSITORY, TARGET
 from vllm_specbranch.metrics import METRICS, PREFIX
-from vllm_specbranch.snapshots import SnapshotMaker
+from vllm_specbranch.snapshots import Sample, SnapshotMaker
 
 START_TIMEOUT_S = 300.0
 VLLM = str(Path(sys.executable).with_name("vllm"))
@@ -145,13 +145,22 @@ AFTER_THE_REPLY = frozenset(
 )
 
 
-def assert_metrics_are_the_counters(server: Server) -> dict[str, int]:
-    """When all is idle, `/metrics` says what the worker's own report says; returns that, by the keys of `metrics`."""
+def assert_metrics_are_the_counters(server: Server, ended: Mapping[str, int] | None = None) -> dict[str, int]:
+    """When all is idle, `/metrics` says what the worker's own report says; returns that, by the keys of `metrics`.
+
+    Args:
+        server: the server.
+        ended: what was returned before a draft server ended: its successor begins at 0.
+    """
     until = time.monotonic() + 10.0
     while True:
         status, shown = server.status(), server.metrics(PREFIX)
-        counted = SnapshotMaker().make(status["engine"], {})
-        counted |= {f"server.{name}": count for name, count in status["server"].items()}
+        maker = SnapshotMaker()
+        maker.update(Sample(status["engine"], {}, None))
+        counted = maker.make()
+        counted |= {
+            f"server.{name}": count + (ended or {}).get(f"server.{name}", 0) for name, count in status["server"].items()
+        }
         told = {one.key: round(shown[one.name] / one.unit) for one in METRICS}
         known = counted.keys() & told.keys()
         assert len(known) > 25

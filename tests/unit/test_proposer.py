@@ -20,6 +20,7 @@ from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraft
 from vllm_specbranch.draft_sampling import seeded_key, unseeded_key
 from vllm_specbranch.proposer import Proposer
 from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
+from vllm_specbranch.snapshots import Sample
 from vllm_specbranch.speculative_config import SpecBranchSpeculativeConfig
 
 
@@ -448,10 +449,11 @@ def test_a_full_batch_of_distributions_fits_into_one_message(
     assert messages.encode(messages.DraftBatch(1, True, [draft] * max_num_seqs, []))
 
 
-def snapshot_of(bench: Bench, drafts: DraftTokenIds | None) -> dict[str, int]:
-    ours = bench.proposer.with_snapshot(drafts)
+def sample_of(bench: Bench, drafts: DraftTokenIds | None) -> Sample:
+    ours = bench.proposer.with_sample(drafts)
     assert isinstance(ours, SampledDraftTokenIds)
-    return ours.snapshot
+    assert ours.sample is not None
+    return ours.sample
 
 
 def test_the_numbers_for_metrics_go_with_drafts_and_without_any(bench: Bench) -> None:
@@ -460,25 +462,26 @@ def test_the_numbers_for_metrics_go_with_drafts_and_without_any(bench: Bench) ->
     report = messages.Report(1, 1, 0, 2, 64, {"num_hits": 5})
     bench.line.replies = [msgspec.structs.replace(reply(1, {"a": (4, [5, 6])}), report=report)]
     drafts = bench.proposer.take_draft_token_ids()
-    assert bench.proposer.with_snapshot(drafts) is drafts, "the drafts themselves stay as they are"
-    seen = snapshot_of(bench, drafts)
-    assert (seen["server.num_hits"], seen["engine.num_replies"], seen["state.is_ready"]) == (5, 1, 1)
-    assert (seen["state.num_blocks_held"], seen["state.has_given_up"]) == (2, 0)
+    seen = sample_of(bench, drafts)
+    assert drafts is not None and drafts.draft_token_ids == [[5, 6]], "the drafts themselves stay as they are"
+    assert seen.report == report
+    assert (seen.counters["num_replies"], seen.state["is_ready"], seen.state["has_given_up"]) == (1, 1, 0)
+    assert seen.state["reply_timeout_s"] > 0
 
     bench.begin()
     bench.line.is_up = False
     bench.propose({"a": [5]})
     assert bench.proposer.take_draft_token_ids() is None
-    seen = snapshot_of(bench, None)
-    assert (seen["server.num_hits"], seen["state.is_ready"]) == (5, 0), "an outage shows, and no counter goes back"
+    seen = sample_of(bench, None)
+    assert (seen.report, seen.state["is_ready"]) == (None, 0), "an outage shows"
 
 
 def test_an_engine_that_has_given_up_says_so(bench: Bench) -> None:
     bench.proposer.give_up()
-    seen = snapshot_of(bench, None)
-    assert [seen[f"state.{name}"] for name in ("has_given_up", "is_alive", "is_ready")] == [1, 0, 0]
+    seen = sample_of(bench, None)
+    assert [seen.state[name] for name in ("has_given_up", "is_alive", "is_ready")] == [1, 0, 0]
 
 
 def test_ranks_that_draft_for_nobody_have_no_numbers(bench: Bench) -> None:
     bench.proposer._link = None
-    assert bench.proposer.with_snapshot(None) is None
+    assert bench.proposer.with_sample(None) is None

@@ -13,7 +13,7 @@ from vllm_specbranch import stat_logger
 from vllm_specbranch.draft_distributions import ChunkDistributions, SampledDraftTokenIds
 from vllm_specbranch.metrics import SchedulerCounters
 from vllm_specbranch.scheduler import SpecBranchScheduler
-from vllm_specbranch.snapshots import MetricsFeed
+from vllm_specbranch.snapshots import MetricsFeed, Sample, SnapshotMaker
 
 
 def request(name: str, num_tokens: int) -> Any:
@@ -114,16 +114,17 @@ def test_news_of_the_metrics_ride_on_the_statistics_of_a_step(scheduler: Any, mo
     made = [SchedulerStats(num_kv_fetch_reqs_by_stage={"in_progress": 1}), SchedulerStats(), None]
     monkeypatch.setattr(Scheduler, "make_stats", lambda self, *given: made.pop(0))
     monkeypatch.setattr(Scheduler, "has_unfinished_requests", lambda self: bool(self.running))
-    scheduler._metrics_feed = MetricsFeed()
+    scheduler._snapshots = SnapshotMaker()
+    scheduler._metrics_feed = MetricsFeed(scheduler._snapshots.make)
     scheduler.update_draft_token_ids(
-        SampledDraftTokenIds([], [], snapshot={"server.num_hits": 5, "state.num_requests": 2})
+        SampledDraftTokenIds([], [], sample=Sample({"num_replies": 5}, {"num_requests": 2}, None))
     )
     scheduler.update_draft_token_ids(SampledDraftTokenIds([], []))
     scheduler._counters.num_reclaimed_blocks = 3
     run(scheduler, request("a", 5))
     stats = scheduler.make_stats("as vLLM calls it")
     assert stat_logger.take(stats) == {
-        "server.num_hits": 5,
+        "engine.num_replies": 5,
         "state.num_requests": 2,
         "scheduler.num_reclaimed_blocks": 3,
     }

@@ -1,6 +1,8 @@
 """How counters travel: over the lives of a draft server, to the scheduler, and as differences to API servers."""
 
+import pickle
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from vllm_specbranch import metrics
 from vllm_specbranch.messages import Report
 from vllm_specbranch.metrics import METRICS, UNPUBLISHED, DraftServerCounters, EngineCounters, SchedulerCounters
-from vllm_specbranch.snapshots import FEED_PERIOD_S, MetricsFeed, ServerTotals, SnapshotMaker
+from vllm_specbranch.snapshots import FEED_PERIOD_S, MetricsFeed, Sample, ServerTotals, SnapshotMaker
 
 COUNTERS = {one.key for one in METRICS if one.is_counter}
 
@@ -18,8 +20,17 @@ def report(life: int, **counters: int) -> Report:
     return Report(life, 3, 2, 5, 100, counters)
 
 
-def snapshot(maker: SnapshotMaker, **counters: float) -> dict[str, int]:
-    return maker.make(EngineCounters().as_dict() | counters, {"is_ready": True, "reply_timeout_s": 0.05})
+def snapshot(maker: SnapshotMaker, report: Report | None, **counters: float) -> dict[str, int]:
+    maker.update(Sample(EngineCounters().as_dict() | counters, {"is_ready": True, "reply_timeout_s": 0.05}, report))
+    return maker.make()
+
+
+class Feed(MetricsFeed):
+    """One whose snapshots are given."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: self.snapshot)
+        self.snapshot: dict[str, int] = {}
 
 
 # Over the lives of a draft server.
@@ -55,13 +66,13 @@ def test_totals_never_go_down_and_end_as_the_sum_of_all_lives(growth: list[list[
     assert seen == sum(map(sum, growth))
 
 
-# In the worker.
+# Of the worker's samples.
 
 
 def test_a_snapshot_holds_whole_numbers_under_the_keys_of_the_metrics() -> None:
     maker = SnapshotMaker()
-    maker.update(report(1, **dict.fromkeys(DraftServerCounters().as_dict(), 7)))
-    made = snapshot(maker, num_server_starts=3, wait_s=0.25, num_replies=9)
+    full = report(1, **dict.fromkeys(DraftServerCounters().as_dict(), 7))
+    made = snapshot(maker, full, num_server_starts=3, wait_s=0.25, num_replies=9)
     assert all(type(value) is int for value in made.values())
     assert made["engine.num_replies"] == 9
     assert made["engine.num_server_restarts"] == 2
@@ -78,21 +89,34 @@ def test_a_snapshot_holds_whole_numbers_under_the_keys_of_the_metrics() -> None:
 
 def test_without_a_report_nothing_is_said_of_the_server() -> None:
     maker = SnapshotMaker()
-    maker.update(None)
-    made = snapshot(maker)
+    assert maker.make() == {}
+    made = snapshot(maker, None)
     assert not [key for key in made if key.startswith("server.")]
     assert "state.num_blocks" not in made
     assert made["engine.num_server_restarts"] == 0
+
+
+def test_what_the_server_reported_last_stays_when_a_step_has_no_reply() -> None:
+    maker = SnapshotMaker()
+    snapshot(maker, report(1, num_hits=5))
+    made = snapshot(maker, None)
+    assert (made["server.num_hits"], made["state.num_blocks"]) == (5, 100)
+    assert snapshot(maker, report(2, num_hits=1))["server.num_hits"] == 6
+
+
+def test_a_sample_survives_the_way_that_vllm_takes_between_worker_and_scheduler() -> None:
+    sample = Sample(EngineCounters().as_dict(), {"is_ready": True}, report(1, num_hits=5))
+    assert pickle.loads(pickle.dumps(sample)) == sample
 
 
 # In the scheduler.
 
 
 def test_counters_go_out_as_differences_and_gauges_as_they_are() -> None:
-    feed = MetricsFeed()
-    feed.update({"server.num_hits": 5, "state.num_requests": 3, "state.is_ready": 1})
+    feed = Feed()
+    feed.snapshot = {"server.num_hits": 5, "state.num_requests": 3, "state.is_ready": 1}
     assert feed.take(0.0, {}, is_idle=False) == {"server.num_hits": 5, "state.num_requests": 3, "state.is_ready": 1}
-    feed.update({"server.num_hits": 9, "state.num_requests": 2, "state.is_ready": 0})
+    feed.snapshot = {"server.num_hits": 9, "state.num_requests": 2, "state.is_ready": 0}
     assert feed.take(FEED_PERIOD_S, {}, is_idle=False) == {
         "server.num_hits": 4,
         "state.num_requests": 2,
@@ -101,24 +125,24 @@ def test_counters_go_out_as_differences_and_gauges_as_they_are() -> None:
 
 
 def test_the_scheduler_s_own_counters_go_with_them() -> None:
-    feed = MetricsFeed()
-    feed.update({"server.num_hits": 5})
+    feed = Feed()
+    feed.snapshot = {"server.num_hits": 5}
     assert feed.take(0.0, {"num_reclaimed_blocks": 4}, is_idle=False)["scheduler.num_reclaimed_blocks"] == 4
     assert feed.take(1.0, {"num_reclaimed_blocks": 6}, is_idle=False)["scheduler.num_reclaimed_blocks"] == 2
 
 
 def test_what_vllm_publishes_itself_does_not_travel() -> None:
-    feed = MetricsFeed()
-    feed.update({"server.num_hits": 5, "engine.num_draft_tokens": 7})
+    feed = Feed()
+    feed.snapshot = {"server.num_hits": 5, "engine.num_draft_tokens": 7}
     assert feed.take(0.0, {"num_preemptions": 2}, is_idle=False) == {"server.num_hits": 5}
 
 
 def test_between_two_periods_nothing_goes_out_but_what_is_last() -> None:
-    feed = MetricsFeed()
+    feed = Feed()
     assert feed.take(0.0, {}, is_idle=True) == {}, "before the first step there is nothing to say"
-    feed.update({"server.num_hits": 5, "state.num_requests": 3, "state.num_blocks": 100})
+    feed.snapshot = {"server.num_hits": 5, "state.num_requests": 3, "state.num_blocks": 100}
     feed.take(10.0, {}, is_idle=False)
-    feed.update({"server.num_hits": 6, "state.num_requests": 3, "state.num_blocks": 100})
+    feed.snapshot = {"server.num_hits": 6, "state.num_requests": 3, "state.num_blocks": 100}
     assert feed.take(10.0 + FEED_PERIOD_S / 2, {}, is_idle=False) == {}
     assert feed.take(10.0 + FEED_PERIOD_S / 2, {}, is_idle=True) == {
         "server.num_hits": 1,
@@ -135,11 +159,11 @@ events = st.lists(
 @given(events)
 def test_what_api_servers_were_told_adds_up_to_the_counters(steps: list[tuple[dict[str, int], float, bool]]) -> None:
     """Whichever of them was told when, and none is ever told to take something back."""
-    feed, counted, told, now_s = MetricsFeed(), Counter[str](), Counter[str](), 0.0
+    feed, counted, told, now_s = Feed(), Counter[str](), Counter[str](), 0.0
     for growth, passed_s, is_idle in [*steps, ({}, 0.0, True)]:
         now_s += passed_s
         counted.update(growth)
-        feed.update(dict(counted))
+        feed.snapshot = dict(counted)
         news = feed.take(now_s, {}, is_idle=is_idle)
         assert all(value > 0 for value in news.values())
         told.update(news)
@@ -183,3 +207,8 @@ def test_a_counter_that_the_table_does_not_know_gets_a_row_all_the_same(monkeypa
         "vllm:specbranch_engine_head_seconds_total",
         1e-6,
     )
+
+
+def test_the_readme_lists_every_metric() -> None:
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    assert [one.suffix for one in metrics._DESCRIBED if f"`{one.suffix}`" not in text] == []
