@@ -3,7 +3,7 @@
 All rows are policy `specbranch` with the same chunk length; `pearl` stands beside them, and a head that is always right, which
 is the most that any head could bring. Two parts, in one run, on the same prompts:
 
-  - the whole sweep by replay: plain vLLM records what the target says, the real draft server with the real draft model drafts
+  - the whole sweep by replay: transformers record what the target says, the real draft server with the real draft model drafts
   for it in
     virtual time (`vllm_specbranch.replay`), and the head's classes come along;
   - a few rows on real engines, their forwards stretched to the same durations (with `--engine`).
@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.decode_conditions import parse_emulation
 from benchmarks.decode_rows import steady_tokens_per_s
 from benchmarks.head_ablation_report import as_text, draw_ablation
-from benchmarks.head_classes import classes_along
+from benchmarks.head_classes import classes_along, load, record
 from benchmarks.portable import portable
-from benchmarks.replay import HOLDOUT, PROMPT_CHARACTERS, record
+from benchmarks.replay import HOLDOUT, PROMPT_CHARACTERS
 from benchmarks.replay_engine import times_of
 from vllm_specbranch import weaken
 from vllm_specbranch.errors import ConfigError, SpecBranchError
@@ -116,14 +116,16 @@ def bench(args: argparse.Namespace) -> int:
     texts = [one.text[:PROMPT_CHARACTERS] for one in read_prompts(args.prompts, args.num_prompts)]
     origin = provenance(Path(__file__).parent)
     base = _lineup(args)
-    _write(f"Recording {len(texts)} prompts with plain vLLM ...\n")
-    prompts, recordings = record(base, texts, args.max_tokens)
+    _write(f"Recording what the target says after {len(texts)} prompts ...\n")
+    target = load(base.target)
+    prompts = _encode(base.target, texts)
+    recordings = record(target, prompts, args.max_tokens)
     pairs = []
     for pair in args.pairs or [Pair(0.0, head_path())]:
         head, spec = load_head(pair.head)
         draft = weaken.cached(args.draft, pair.noise).out if pair.noise else str(args.draft)
         study = Study.load(draft, args.dtype, recordings, enforce_eager=True)
-        (said,) = classes_along(base.target, spec.layers, [head], recordings)
+        said = classes_along(target, spec.layers, head, recordings)
         lineup = dataclasses.replace(base, draft=draft)
         rows = replay_rows(study, said, spec.gamma, emulation)
         engines = engine_rows(lineup, prompts, pair.head, spec.gamma, emulation, args) if args.engine else []
@@ -151,6 +153,13 @@ def bench(args: argparse.Namespace) -> int:
         draw_ablation(json.loads(line), args.picture)
     _write(line + "\n")
     return 0 if all(row["is_lossless"] for pair in pairs for row in pair["engines"]) else 1
+
+
+def _encode(target: str, texts: Sequence[str]) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(target)
+    return [list(tokenizer.encode(text)) for text in texts]
 
 
 def replay_rows(study: Study, said: Sequence[Sequence[int]], gamma: int, emulation: Emulation) -> list[dict[str, Any]]:

@@ -1,9 +1,9 @@
-"""What a length head says along recorded outputs: the target's hidden states by transformers, one pass over each text.
+"""Greedy outputs of a target, and what a length head says along them: both by transformers, without an engine.
 
 The features of a position depend on the committed tokens alone, so they are the same whatever was drafted there, and a replay
 can be given the head's classes without an engine. (That an engine's features are those of transformers is held by the tests.)
 
-Owns that pass. Runs in the process of a benchmark; loads the target model into it.
+Owns the recording and that pass. Runs in the process of a benchmark; loads the target model into it.
 """
 
 from collections.abc import Sequence
@@ -13,27 +13,42 @@ import torch
 
 from vllm_specbranch.length_head import LengthHead
 from vllm_specbranch.replay import Recording
+from vllm_specbranch.replay_study import TOKENS_BEYOND
+
+
+@torch.inference_mode()
+def record(model: Any, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[Recording]:
+    """The target's greedy output after each prompt, and some tokens more for the last round.
+
+    Args:
+        model: of `load`.
+        prompts: token ids of each.
+        num_tokens: to replay of each.
+    """
+    found = []
+    for ids in prompts:
+        fed, state, output = torch.tensor([list(ids)]), None, []
+        for _ in range(num_tokens + TOKENS_BEYOND):
+            step = model(input_ids=fed, past_key_values=state, use_cache=True)
+            state, fed = step.past_key_values, step.logits[:, -1:].argmax(dim=-1)
+            output.append(int(fed))
+        found.append(Recording(tuple(ids), tuple(output), num_tokens))
+    return found
 
 
 def classes_along(
-    target: str, layers: Sequence[int], heads: Sequence[LengthHead], recordings: Sequence[Recording]
-) -> list[list[list[int]]]:
-    """What each head says after each token of each recording.
+    model: Any, layers: Sequence[int], head: LengthHead, recordings: Sequence[Recording]
+) -> list[list[int]]:
+    """What a head says after each token of each recording.
 
     Args:
-        target: folder of the target model.
-        layers: after which layers the hidden states are taken, the same for all heads.
+        model: of `load`.
+        layers: after which layers the hidden states are taken.
 
     Returns:
-        `[head][recording][token]`, classes of 0..2.
+        `[recording][token]`, classes of 0..2.
     """
-    model = _load(target)
-    said: list[list[list[int]]] = [[] for _ in heads]
-    for recording in recordings:
-        features = features_along(model, layers, recording)
-        for found, head in zip(said, heads, strict=True):
-            found.append(head.classes(features))
-    return said
+    return [head.classes(features_along(model, layers, one)) for one in recordings]
 
 
 @torch.inference_mode()
@@ -66,7 +81,12 @@ def features_along(model: Any, layers: Sequence[int], recording: Recording) -> t
     return torch.cat([*(taken[layer][first : first + count] for layer in layers), embedded], dim=1).float()
 
 
-def _load(target: str) -> Any:
+def load(target: str) -> Any:
+    """The target model in transformers, float32.
+
+    Args:
+        target: its folder.
+    """
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()

@@ -60,6 +60,8 @@ def test_wheel_holds_the_shipped_pair(wheel_names: dict[str, bytes], role: str) 
         "tokenizer_config.json",
     ):
         assert f"vllm_specbranch/models/{role}/{name}" in wheel_names
+    for name in ("head.json", "head.safetensors"):
+        assert f"vllm_specbranch/models/head/{name}" in wheel_names
     assert "vllm_specbranch/models/README.md" in wheel_names
 
 

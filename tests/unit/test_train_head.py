@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.made_rounds import made_rounds
 from vllm_specbranch import cli, train_head
 from vllm_specbranch.head_data import Rounds, read_rounds, save_rounds
 from vllm_specbranch.head_report import HEAD
-from vllm_specbranch.length_head import load_head
+from vllm_specbranch.length_head import load_head, model_identity
 from vllm_specbranch.measure import MeasureError
 from vllm_specbranch.measure_messages import EngineSpec, Record
+from vllm_specbranch.shipped_pair import draft_path, head_path, target_path
 
 # 5 layers of 2, and embeddings of 4 make the 12 features of made-up rounds with 4 layers.
 CONFIG = {"vocab_size": 50, "hidden_size": 2, "num_hidden_layers": 5}
@@ -227,3 +229,23 @@ def test_the_target_must_say_its_sizes(
     nested: dict[str, Any] = {"text_config": CONFIG}
     (tmp_path / "target" / "config.json").write_text(json.dumps(nested))
     assert train_head.sizes_of(tmp_path / "target") == (2, 5)
+
+
+def test_the_shipped_head_fits_the_shipped_pair() -> None:
+    """And says of itself that it knows more than the most frequent class and a threshold do."""
+    head, spec = load_head(head_path())
+    spec.check_fits(
+        head_path(),
+        hidden_size=256,
+        num_target_layers=6,
+        gamma=8,
+        target_identity=model_identity(target_path()),
+        draft_identity=model_identity(draft_path()),
+    )
+    assert sum(spec.label_counts) > 30_000
+    figures = spec.validation
+    for kind in ("greedy", "sampled", "all"):
+        rivals = [figures[f"{kind}_accuracy_{rule}"] for rule in ("majority", "one_threshold", "two_thresholds")]
+        assert figures[f"{kind}_accuracy_head"] > max(rivals)
+    said = head.classes(head.mean + head.scale * torch.randn(500, 1280, generator=torch.Generator().manual_seed(0)))
+    assert len(set(said)) > 1
