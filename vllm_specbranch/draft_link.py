@@ -143,6 +143,10 @@ class DraftLink:
     def _poll_running(self) -> None:
         if self.is_up:
             return
+        # Before anything is concluded from silence: it may have answered while the engine had no steps to look.
+        self._await_ready(0.0)
+        if self.is_up or not self._server.is_running():
+            return
         now_s = self._clock()
         if self._silent_since_s is None and now_s - self._greeted_s > self._server.longest_start_s:
             logger.warning(
@@ -159,7 +163,6 @@ class DraftLink:
                 self._probe_s = min(2 * self._probe_s, LONGEST_PROBE_S)
                 self._next_probe_s = now_s + self._probe_s
                 self._say_hello()
-        self._await_ready(0.0)
 
     def _lose_server(self) -> None:
         if self._channel is None:

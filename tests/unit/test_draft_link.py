@@ -238,6 +238,30 @@ def test_a_hung_server_is_killed_and_replaced() -> None:
     assert bench.counters.num_server_deaths == 1
 
 
+def test_an_answer_that_came_while_the_engine_was_idle_counts() -> None:
+    """Nobody polls an idle line: neither a slow start nor a long silence is held against a server that has answered by now."""
+    bench = Bench()
+    bench.link.poll()
+    (hello,) = bench.heard()
+    assert isinstance(hello, messages.Hello)
+    bench.say(messages.Ready(hello.session, 64, 10, 4))
+    bench.clock.now_s += LONGEST_START_S + 1
+    bench.link.poll()
+    assert bench.link.is_up
+    bench.link.receive(1, 50.0)
+    bench.clock.now_s += SILENCE_S + 0.01
+    bench.link.receive(2, 50.0)
+    bench.clock.now_s += 1.0
+    bench.link.poll()
+    probe = bench.heard()[-1]
+    assert isinstance(probe, messages.Hello)
+    bench.say(messages.Ready(probe.session, 64, 10, 4))
+    bench.clock.now_s += HUNG_S + 1
+    bench.link.poll()
+    assert bench.link.is_up
+    assert (bench.process.num_kills, bench.link.generation) == (0, 2)
+
+
 def test_a_dead_server_is_replaced_when_its_back_off_is_over() -> None:
     bench = Bench()
     bench.bring_up()
