@@ -1,5 +1,6 @@
-"""A draft server process with a fake model and everything else real: `python -m tests.fake_draft_server ADDRESS KEYS|insecure`.
+"""A draft server process with a fake model and everything else real.
 
+Run as `python -m tests.fake_draft_server ADDRESS KEYS|insecure RATE`, the rate in messages per second of one peer.
 Says `ready ADDRESS` when it listens. Ends like `vllm-specbranch draft-server`.
 """
 
@@ -15,18 +16,20 @@ from vllm_specbranch.draft_sessions import Offer, SharedDraftServer
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.keys import INSECURE, load_server_keys
 from vllm_specbranch.kv_blocks import KVBlocks
+from vllm_specbranch.rates import Rates
 from vllm_specbranch.transport import bind
 
 OFFER = Offer("identity", "float32", 4)
 
 
 def main() -> None:
-    address, keys = sys.argv[1:]
+    address, keys, messages_per_s = sys.argv[1:]
     config = SpecBranchConfig.from_user({"model": "fake", "num_speculative_tokens": 4, "on_miss": "wait:1"})
     model = FakeDraftModel(400, BLOCK_SIZE)
     server = make_server(config, model, KVBlocks(400, BLOCK_SIZE), Limits(), offer=OFFER)
     assert isinstance(server, SharedDraftServer)
-    endpoint = bind(address, INSECURE if keys == INSECURE else load_server_keys(keys))
+    security = INSECURE if keys == INSECURE else load_server_keys(keys)
+    endpoint = bind(address, security, Rates(float(messages_per_s)))
     standalone.end_on_signals(server)
     sys.stdout.write(f"ready {endpoint.address}\n")
     sys.stdout.flush()

@@ -81,6 +81,7 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     if disturbance is not None:
         result["events"] = disturbance.finish()
         time.sleep(job["disturb"].get("then_wait_s", 0.0))
+    meet(job)
     if job.get("with_ranks"):
         result["verified_by_rank"] = llm.collective_rpc(verified_by_rank)
     if job.get("with_features"):
@@ -88,6 +89,16 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     if job.get("with_status"):
         result["status"] = llm.collective_rpc("specbranch_status")[0]
     return result
+
+
+def meet(job: dict[str, Any], timeout_s: float = 240.0) -> None:
+    """Say that a job is done by making a file, and wait for what another process says so; for engines that run at once."""
+    if "then_touch" in job:
+        Path(job["then_touch"]).touch()
+    until = time.monotonic() + timeout_s
+    while "then_wait_for" in job and not Path(job["then_wait_for"]).exists():
+        assert time.monotonic() < until, f"{job['then_wait_for']} never came"
+        time.sleep(0.1)
 
 
 def record_verification(worker: Any) -> None:
@@ -115,7 +126,7 @@ class Disturbance(threading.Thread):
     def __init__(self, llm: Any, plan: dict[str, Any]) -> None:
         super().__init__(daemon=True)
         self._plan = plan
-        self._pid = llm.collective_rpc("specbranch_status")[0]["server_pid"]
+        self._pid = plan.get("pid") or llm.collective_rpc("specbranch_status")[0]["server_pid"]
         self._events: list[str] = []
 
     def run(self) -> None:
