@@ -23,6 +23,8 @@ from vllm_specbranch.report import percent, table
 CLASS_NAMES = ("0: nothing", "1: some", "2: all")
 # The round model is shown for the c asked for, and for these times it.
 MULTIPLES_OF_C = (1.0, 2.0, 4.0)
+# What a miss might cost, in rounds of the target.
+MISS_COSTS = (0.5, 1.0, 2.0)
 # Names of the rules, in the order of tables and pictures.
 MAJORITY, ONE, TWO = "the most frequent class", "confidence, one threshold", "confidence, two thresholds"
 HEAD, CONFIDENCES, JOINT = "the head", "network: confidences", "network: features, confidences"
@@ -174,6 +176,39 @@ def _speeds(parts: Parts, chosen: Predictions, held_out: Predictions, c: float) 
     }
 
 
+def dear_misses(parts: Parts, chosen: torch.Tensor, held_out: torch.Tensor, c: float) -> list[dict[str, Any]]:
+    """What the head would be worth if a miss cost more than the wait of the round model: a part of a round, a round, two.
+
+    Args:
+        chosen, held_out: `[n, 3]` logits of the head for these parts.
+        c: draft steps that a round of the target takes.
+    """
+    found = []
+    for cost in (rules.WAIT_STEPS, *(times * c for times in MISS_COSTS)):
+        shifts = rules.best_shifts(chosen, parts.choose, c, cost)
+        said = {
+            "confidence": (None, None),
+            "hybrid": tuple(rules.shifted(one, shifts).argmax(dim=1) for one in (chosen, held_out)),
+            "classes known": (parts.choose.labels, parts.held_out.labels),
+        }
+        rows = {}
+        for name, (fitting, its) in said.items():
+            epsilon = rules.best_epsilon(parts.choose, c, fitting, cost)
+            rows[name] = rules.outcome(parts.held_out, rules.submitted(parts.held_out, epsilon, its), c, cost)
+        base, count = rows["confidence"], len(parts.held_out)
+        found.append(
+            {
+                "miss_cost": cost,
+                "shifts": shifts,
+                "ratio": rows["hybrid"].speed / base.speed,
+                "interval": list(rules.ratio_interval(rows["hybrid"], base)),
+                "known_ratio": rows["classes known"].speed / base.speed,
+                "rollback_per_round": {name: one.num_wasted / count for name, one in rows.items()},
+            }
+        )
+    return found
+
+
 def judge(found: Mapping[str, Any]) -> Verdict:
     """The verdict, at the c asked for."""
     wanted = found["speeds"][0]
@@ -220,6 +255,8 @@ def as_text(found: Mapping[str, Any]) -> str:
         if name != "all" or len(found["groups"]) == 2:
             parts.append(f"The head on held-out prompts, {name} rounds:\n" + confusion_table(group["confusion"][HEAD]))
     parts.append(speed_table(found["speeds"]))
+    if "dear_misses" in found:
+        parts.append(miss_table(found["dear_misses"], found["speeds"][0]["c"]))
     return "\n\n".join(parts)
 
 
@@ -260,3 +297,18 @@ def speed_table(speeds: Sequence[Mapping[str, Any]]) -> str:
         rows.append([name, *cells, f"{rule['accepted_per_round']:.2f}", f"{rule['rollback_per_round']:.2f}"])
     headers = ["round model: speed ÷ best without a head", *(f"c = {one['c']:g}" for one in speeds)]
     return table([*headers, f"accepted a round, c = {speeds[0]['c']:g}", "rolled back"], rows)
+
+
+def miss_table(rows: Sequence[Mapping[str, Any]], c: float) -> str:
+    """What the head is worth by what a miss costs."""
+    cells = [
+        [
+            f"{row['miss_cost']:g}",
+            f"{row['ratio']:.3f} ({row['interval'][0]:.3f}..{row['interval'][1]:.3f})",
+            f"{row['known_ratio']:.3f}",
+            *(f"{row['rollback_per_round'][name]:.2f}" for name in ("confidence", "hybrid")),
+        ]
+        for row in rows
+    ]
+    headers = [f"a miss costs so many draft steps (c = {c:g})", "hybrid ÷ best confidence", "classes known"]
+    return table([*headers, "rolled back a round", "with the head"], cells)

@@ -137,12 +137,13 @@ class Outcome:
         return float(self.tokens.sum() / self.costs.sum())
 
 
-def outcome(rounds: Rounds, lengths: torch.Tensor, c: float) -> Outcome:
+def outcome(rounds: Rounds, lengths: torch.Tensor, c: float, miss_cost: float = WAIT_STEPS) -> Outcome:
     """See the round model at the top of this file.
 
     Args:
         lengths: `[n]`, tokens submitted.
         c: draft steps that a round of the target takes.
+        miss_cost: draft steps that a round with a rejected token takes longer.
     """
     accepted = torch.minimum(rounds.accepted, lengths)
     missed = rounds.accepted < lengths
@@ -154,18 +155,18 @@ def outcome(rounds: Rounds, lengths: torch.Tensor, c: float) -> Outcome:
 
     return Outcome(
         tokens=by_prompt(accepted + 1),
-        costs=by_prompt(c + WAIT_STEPS * missed),
+        costs=by_prompt(c + miss_cost * missed),
         num_accepted=int(accepted.sum()),
         num_wasted=int((lengths - accepted).sum()),
     )
 
 
-def best_epsilon(rounds: Rounds, c: float, classes: torch.Tensor | None = None) -> float:
+def best_epsilon(rounds: Rounds, c: float, classes: torch.Tensor | None = None, miss_cost: float = WAIT_STEPS) -> float:
     """The threshold that is quickest in the round model, without a head or with one."""
-    return max(EPSILONS, key=lambda epsilon: outcome(rounds, submitted(rounds, epsilon, classes), c).speed)
+    return max(EPSILONS, key=lambda epsilon: outcome(rounds, submitted(rounds, epsilon, classes), c, miss_cost).speed)
 
 
-def best_shifts(logits: torch.Tensor, rounds: Rounds, c: float) -> tuple[float, float]:
+def best_shifts(logits: torch.Tensor, rounds: Rounds, c: float, miss_cost: float = WAIT_STEPS) -> tuple[float, float]:
     """What to take from the logits of classes 0 and 2, so that what is said is worth most in the round model.
 
     A wrong 0 gives away tokens that would have been accepted, which a right one seldom makes up for: naming most rounds right
@@ -175,12 +176,12 @@ def best_shifts(logits: torch.Tensor, rounds: Rounds, c: float) -> tuple[float, 
     Args:
         logits: `[n, 3]` of a head.
         rounds: `[n]`, which it was not trained on.
-        c: draft steps that a round of the target takes.
+        c, miss_cost: as for `outcome`.
     """
 
     def speed(zero: float, two: float) -> float:
         classes = shifted(logits, (zero, two)).argmax(dim=1)
-        return max(outcome(rounds, submitted(rounds, epsilon, classes), c).speed for epsilon in EPSILONS)
+        return max(outcome(rounds, submitted(rounds, one, classes), c, miss_cost).speed for one in EPSILONS)
 
     speeds = {(zero, two): speed(zero, two) for zero in _SHIFTS for two in _SHIFTS}
     best = max(speeds.values())

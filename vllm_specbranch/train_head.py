@@ -22,7 +22,17 @@ from tqdm import tqdm
 from vllm_specbranch.engine_settings import EngineSettings
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.head_data import Piece, Rounds, Shards, pieces
-from vllm_specbranch.head_report import CONFIDENCES, HEAD, JOINT, Predictions, as_text, figures, judge, summary
+from vllm_specbranch.head_report import (
+    CONFIDENCES,
+    HEAD,
+    JOINT,
+    Predictions,
+    as_text,
+    dear_misses,
+    figures,
+    judge,
+    summary,
+)
 from vllm_specbranch.head_rules import best_shifts, shifted
 from vllm_specbranch.head_training import (
     OnEpoch,
@@ -262,7 +272,9 @@ def judge_all(parts: Parts, networks: Mapping[str, Trained], c: float) -> dict[s
             {name: shifted(one, shifts[name]).argmax(dim=1) for name, one in logits[part].items()},
         )
 
-    return {**figures(parts, predictions("choose"), predictions("held_out"), c), "shifts": shifts}
+    found = figures(parts, predictions("choose"), predictions("held_out"), c)
+    dear = dear_misses(parts, logits["choose"][HEAD], logits["held_out"][HEAD], c)
+    return {**found, "shifts": shifts, "dear_misses": dear}
 
 
 def _features(rounds: Rounds) -> torch.Tensor:

@@ -20,8 +20,10 @@ from vllm_specbranch.head_report import (
     Predictions,
     accuracy_gain,
     as_text,
+    dear_misses,
     figures,
     judge,
+    miss_table,
     summary,
 )
 from vllm_specbranch.head_training import Parts, split
@@ -118,6 +120,18 @@ def test_a_head_that_knows_is_not_shifted() -> None:
     rounds = made_rounds()
     logits = 20.0 * torch.nn.functional.one_hot(rounds.labels, 3).float()
     assert rules.best_shifts(logits, rounds, 5.0) == (0.0, 0.0)
+
+
+def test_the_dearer_a_miss_the_more_a_head_is_worth() -> None:
+    """One that is always right; and what is known of every round is worth the same at the wait of the round model."""
+    parts = split(made_rounds(1500, told_by_confidence=2.0), seed=0)
+    logits = [20.0 * torch.nn.functional.one_hot(one.labels, 3).float() for one in (parts.choose, parts.held_out)]
+    rows = dear_misses(parts, *logits, c=6.0)
+    assert [row["miss_cost"] for row in rows] == [rules.WAIT_STEPS, 3.0, 6.0, 12.0]
+    ratios = [row["ratio"] for row in rows]
+    assert ratios == sorted(ratios) and ratios[-1] > ratios[0] + 0.05
+    assert all(row["ratio"] == pytest.approx(row["known_ratio"]) for row in rows)
+    assert "a miss costs" in miss_table(rows, 6.0)
 
 
 def test_sampled_rounds_show_their_first_confidence_only() -> None:
