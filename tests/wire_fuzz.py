@@ -261,9 +261,25 @@ class Fuzzer:
         self.most_requests = max(self.most_requests, len(self.server._requests))
         self.tell(peer, CommitBatch(1, 0.0, [Commit(name, 6, [rng.randrange(VOCAB_SIZE)], 0, None)], None))
 
+        if rng.random() < 0.05:
+            self.outgrow(peer, name)
+
+    def outgrow(self, peer: bytes, name: str) -> None:
+        """An answer comes to the end of the model's context, and an engine gone wrong goes on."""
+        for _ in range(6):
+            request = self.server._requests.get((peer, name))
+            if request is None:
+                return
+            assert request.tree.num_tokens <= MAX_MODEL_LEN
+            commit = Commit(name, request.tree.num_tokens, [self.rng.randrange(VOCAB_SIZE)] * 60, 0, None)
+            self.tell(peer, CommitBatch(1, 0.0, [commit], None))
+        raise AssertionError("a sequence grows beyond the model's context")
+
     def check(self) -> None:
         """Nothing has been lost, and nothing grows."""
-        self.server.check_integrity()
-        assert len(self.server._peers) <= len(PEERS)
-        assert self.server.num_sessions <= len(PEERS)
-        assert all(request.tree.num_tokens <= 2 * MAX_MODEL_LEN for request in self.server._requests.values())
+        server = self.server
+        server.check_integrity()
+        assert len(server._peers) <= len(PEERS)
+        assert set(server._peers) == set(server._heard_s), "what is known of an engine ends with its session"
+        assert {peer for peer, _ in server._requests} <= set(server._heard_s)
+        assert all(request.tree.num_tokens <= MAX_MODEL_LEN for request in server._requests.values())
