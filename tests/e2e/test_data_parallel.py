@@ -50,7 +50,12 @@ def test_each_engine_drafts_with_its_own_server_and_the_answers_are_plain_vllm_s
     assert len(accepted) == 2
     assert min(accepted) > 0, "both engines accept drafts"
 
+    hits = server.metric("vllm:specbranch_hits_total")
+    assert len(hits) == 2
+    assert min(hits) > 0, "each engine has its own metrics"
+
     found[0].kill()
     answers = asyncio.run(run(1.0))
     assert [len(answer) for answer in answers] == [32] * NUM_STREAMS, "one engine's draft server died, nothing is lost"
     assert found[1].is_running(), "the other engine's lives on"
+    assert sorted(server.metric("vllm:specbranch_draft_server_deaths_total")) == [0, 1]

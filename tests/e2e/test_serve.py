@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +17,7 @@ from prometheus_client.mmap_dict import MmapedDict
 from tests.e2e.conftest import last_core
 from tests.e2e.serving import VLLM, Server, assert_metrics_are_the_counters, serving, stream_completion
 from tests.model_paths import TARGET
-from vllm_specbranch.metrics import PREFIX
+from vllm_specbranch.metrics import METRICS, PREFIX
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +135,24 @@ def test_our_metrics_are_the_counters_with_two_api_servers(
     hits = [count for count in counts_by_process(folder_of_counts, f"{PREFIX}hits_total") if count]
     assert len(hits) == 2
     assert sum(hits) == after["server.num_hits"]
+
+
+def test_counters_go_on_when_the_draft_server_is_started_again(server: Server, prompts: list[list[int]]) -> None:
+    def ask() -> None:
+        server.call("/v1/completions", {"model": "pair", "prompt": prompts[0], "max_tokens": 24, "ignore_eos": True})
+
+    before = assert_metrics_are_the_counters(server)
+    os.kill(server.status()["server_pid"], signal.SIGKILL)
+    ask()
+    shown = server.metrics(PREFIX)
+    assert shown[f"{PREFIX}draft_server_deaths_total"] == before["engine.num_server_deaths"] + 1
+    assert shown[f"{PREFIX}draft_server_ready"] == 0, "the engine lives and answers, and drafts for nobody"
+    until = time.monotonic() + 60.0
+    while not server.status()["is_up"]:
+        assert time.monotonic() < until
+        ask()
+    ask()
+    after = assert_metrics_are_the_counters(server, before)
+    assert after["engine.num_server_restarts"] == before["engine.num_server_restarts"] + 1
+    assert all(after[one.key] >= before[one.key] for one in METRICS if one.is_counter)
+    assert after["server.num_rounds"] > before["server.num_rounds"]
