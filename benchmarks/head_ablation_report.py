@@ -117,7 +117,8 @@ def draw_ablation(result: Mapping[str, Any], path: Path) -> Path:
         name = pair_name(pair)
         upper.set_title(name[0].upper() + name[1:], fontsize=10.5)
         lower.set_xlabel("confidence threshold")
-        lower.set_ylim(bottom=0)
+    # Once all is drawn: the axes of a line share their range.
+    grid[1][0].set_ylim(bottom=0)
     grid[0][0].set_ylabel("tokens per second")
     grid[1][0].set_ylabel("rollback tokens per generated token")
     handles, labels = grid[0][0].get_legend_handles_labels()

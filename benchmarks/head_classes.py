@@ -89,4 +89,6 @@ def load(target: str) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    # Token by token, threads would mostly wait for each other.
+    torch.set_num_threads(1)
     return AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
