@@ -251,7 +251,8 @@ class Engine:
             pace = None
             if self._serving.round_us is not None:
                 base_us, token_us = self._serving.round_us
-                pace = messages.Pace(num_tokens, base_us + token_us * num_tokens, 0.0)
+                # One token more than there are: rounds without drafts say nothing of the slope, and so short a text has few others.
+                pace = messages.Pace(num_tokens + 1, base_us + token_us * num_tokens, 0.0)
             self._collect(messages.CommitBatch(self._round, self._serving.max_wait_ms, commits, pace))
 
     def _head_class(self, output: Prefix) -> int | None:
