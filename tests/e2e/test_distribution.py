@@ -119,7 +119,10 @@ def plain_samples(run_engine: RunEngine, tiny_pair: tuple[str, str]) -> dict[str
     return {name: job["answers"] for name, job in zip(CASES, done, strict=True)}
 
 
-@pytest.mark.parametrize("with_head", [False, True], ids=["no head", "a head that says anything"])
+@pytest.mark.parametrize(
+    "with_head",
+    [pytest.param(False, id="no head"), pytest.param(True, id="a head that says anything", marks=pytest.mark.long)],
+)
 def test_joint_distribution_of_three_tokens(
     run_engine: RunEngine,
     tiny_pair: tuple[str, str],

@@ -60,6 +60,7 @@ def test_features_are_transformers_hidden_states_and_any_head_leaves_greedy_answ
         assert all((one > 0) == (kind in ("random", str(index))) for index, one in enumerate(said))
 
 
+@pytest.mark.long
 def test_compiled_graphs_with_features_beside_those_without(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Any, heads: dict[str, str]
 ) -> None:

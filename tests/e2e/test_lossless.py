@@ -27,7 +27,7 @@ def assert_drafting(status: dict[str, Any], least_acceptance_length: float = 1.3
     assert status["num_blocks_held"] == 0, "after the last request the draft server holds no block"
 
 
-@pytest.mark.parametrize("policy", ("best_first", "pearl"))
+@pytest.mark.parametrize("policy", ("best_first", pytest.param("pearl", marks=pytest.mark.long)))
 def test_batches_of_1_4_and_16_in_separate_processes(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
 ) -> None:
@@ -49,7 +49,7 @@ def test_batches_of_1_4_and_16_in_process_compiled(
     assert_drafting(result["status"], LOADED_ACCEPTANCE_LENGTH)
 
 
-@pytest.mark.parametrize("policy", ("best_first", "specbranch"))
+@pytest.mark.parametrize("policy", ("best_first", pytest.param("specbranch", marks=pytest.mark.long)))
 def test_chunked_prefill_prefix_hits_preemptions_and_a_killed_draft_server(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
 ) -> None:

@@ -373,6 +373,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.long
 def test_a_lora_adapter_on_the_target(run_engine: RunEngine, bases: list[Base], adapter: str) -> None:
     """Requests with and without it in the same batches; the draft model has no adapter, and need not."""
     # Two, though one is used: vLLM's CPU operators give a request without an adapter the one in the last slot.
