@@ -60,6 +60,8 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     answers: list[list[int]] = []
     if job.get("with_ranks"):
         llm.collective_rpc(record_verification)
+    if job.get("slow_down_s"):
+        llm.collective_rpc(slow_down, args=(job["slow_down_s"],))
     if job.get("head"):
         llm.collective_rpc(change_head, args=(job["head"],))
     if job.get("with_features"):
@@ -112,6 +114,21 @@ def record_verification(worker: Any) -> None:
         return output
 
     sampler.forward = recording
+
+
+def slow_down(worker: Any, seconds: float) -> None:
+    """Make every step of the target so much longer, as a larger model would be, for good; runs in a target worker.
+
+    Whether a draft comes in time, and whether it is worth waiting for, does not hang on the machine's other work then.
+    """
+    runner = worker.model_runner
+    execute = runner.execute_model
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return execute(*args, **kwargs)
+
+    runner.execute_model = slow
 
 
 def verified_by_rank(worker: Any) -> list[tuple[list[list[int]], bool]]:
