@@ -13,6 +13,7 @@ from vllm_specbranch.acceptance import AcceptanceModel
 from vllm_specbranch.draft_peers import Peer
 from vllm_specbranch.draft_server import DraftServer
 from vllm_specbranch.errors import ConfigError
+from vllm_specbranch.load_gate import LoadGate
 from vllm_specbranch.planner import Planner
 
 
@@ -31,6 +32,7 @@ PARTS: Mapping[str, tuple[type, str, Any]] = {
     "row budget": (Planner, "num_rows", _all_rows),
     "calibration": (AcceptanceModel, "observe", _nothing),
     "price of verification": (Peer, "price", property(lambda _: 0.0)),
+    "trials under load": (LoadGate, "is_on", True),
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from vllm_specbranch.benefit_gate import BenefitGate
 from vllm_specbranch.costs import LinearCost
 from vllm_specbranch.draft_request import DraftRequest
+from vllm_specbranch.load_gate import LoadGate
 from vllm_specbranch.messages import CommitBatch
 from vllm_specbranch.metrics import DraftServerCounters
 
@@ -18,7 +19,7 @@ LONGEST_ROUND_S = 2.0
 OF_REQUESTS = frozenset(
     {"num_rounds", "num_hits", "num_misses", "num_drafted_tokens", "num_kept_tokens", "num_rollback_tokens"}
     | {"num_branch_tokens_dropped", "num_forks", "num_steps", "num_rows", "num_prefill_tokens", "num_wait_steps"}
-    | {"num_unknown_requests"}
+    | {"num_unknown_requests", "num_paused_rounds"}
 )
 _OF_ALL = tuple(name for name in DraftServerCounters().as_dict() if name not in OF_REQUESTS)
 
@@ -75,6 +76,7 @@ class Peer:
     Attributes:
         wants_top_probs: as its `Hello` said.
         gate: whether a length head that is learned while serving pays here.
+        load: whether speculation pays under the present load.
         tally: what its metrics are made from; outlasts a `Hello`.
     """
 
@@ -88,12 +90,16 @@ class Peer:
     num_rounds: int = 0
     verification: LinearCost = field(default_factory=LinearCost)
     gate: BenefitGate = field(default_factory=BenefitGate)
+    load: LoadGate = field(default_factory=LoadGate)
 
-    def observe_round(self, now_s: float, batch: CommitBatch, *, is_head_ready: bool = False) -> None:
+    def observe_round(
+        self, now_s: float, batch: CommitBatch, *, is_head_ready: bool = False, is_catching_up: bool = False
+    ) -> None:
         """Take in a commit batch that has just arrived.
 
         Args:
             is_head_ready: whether there is a length head that can be tried.
+            is_catching_up: as in `LoadGate.observe_round`.
         """
         num_requests, num_tokens = len(batch.commits), sum(len(one.tokens) for one in batch.commits)
         self.num_requests = max(1, num_requests)
@@ -109,8 +115,10 @@ class Peer:
             self.round_s = round_s if not self.round_s else self.round_s + MEAN_WEIGHT * (round_s - self.round_s)
             token_s = round_s * num_requests / num_tokens
             self.token_s = token_s if not self.token_s else self.token_s + MEAN_WEIGHT * (token_s - self.token_s)
-        if num_tokens and gap_s < LONGEST_ROUND_S and batch.pace is not None and is_head_ready:
-            self.gate.observe_round(gap_s, num_tokens / num_requests)
+        if num_tokens and gap_s < LONGEST_ROUND_S and batch.pace is not None:
+            if is_head_ready and self.load.is_on:
+                self.gate.observe_round(gap_s, num_tokens / num_requests)
+            self.load.observe_round(num_requests, gap_s, num_tokens, is_catching_up=is_catching_up)
         self.last_commit_s = now_s
 
     @property

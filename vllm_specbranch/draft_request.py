@@ -91,6 +91,11 @@ class DraftRequest:
         """The KV sequence of a leaf."""
         return self._owned[leaf]
 
+    @property
+    def num_unread(self) -> int:
+        """How many of its committed tokens have no KV yet; 0 for one that holds none at all."""
+        return max(0, self.tree.num_tokens - max((self._kv.num_tokens(one) for one in self._owned.values()), default=0))
+
     def num_pending(self, leaf: int) -> int:
         """How many tokens, up to and with the leaf's, have no KV yet; 0 when the leaf has been fed."""
         return self.tree.node(leaf).position + 1 - self._kv.num_tokens(self._owned[leaf])

@@ -115,7 +115,12 @@ class DraftServer(DraftSteps):
         peer = self._meet(peer_id)
         now_s = self._clock()
         head = self._planner.online_head
-        peer.observe_round(now_s, message, is_head_ready=head is not None and head.is_ready)
+        peer.observe_round(
+            now_s,
+            message,
+            is_head_ready=head is not None and head.is_ready,
+            is_catching_up=self._is_catching_up(peer_id, message.commits),
+        )
         slack_s = message.pace.slack_us / 1e6 if message.pace else 0.0
         pending = PendingReply(message.round, {}, [], now_s + message.max_wait_ms / 1e3, now_s + slack_s)
         prices = self._prices(peer, message.commits)
@@ -129,14 +134,23 @@ class DraftServer(DraftSteps):
             counters.num_unknown_requests += len(pending.unknown)
         peer.pending = pending
 
+    def _is_catching_up(self, peer_id: bytes, commits: Sequence[messages.Commit]) -> bool:
+        """Whether the draft model has yet to read more than a row of what some request committed long ago."""
+        found = (self._requests.get((peer_id, one.request_id)) for one in commits)
+        return any(one.num_unread > MAX_DECODE_TOKENS for one in found if one is not None and not one.is_resting)
+
     def _prices(self, peer: Peer, commits: Sequence[messages.Commit]) -> list[float]:
         """The price of verification for each request of a batch.
 
         Where speculation does not pay, one request at a time is still drafted for now and then: how often its drafts are accepted
-        may change.
+        may change. Where no drafting at all was measured to be faster, nothing is worth its price.
         """
         if not self._planner.weighs_load:
             return [0.0] * len(commits)
+        if not peer.load.is_on:
+            for counters in (self.counters, peer.tally.counters):
+                counters.num_paused_rounds += 1
+            return [math.inf] * len(commits)
         prices = [peer.price] * len(commits)
         period, phase = divmod(peer.num_rounds, SCOUT_PERIOD)
         if phase < SCOUT_ROUNDS and commits:

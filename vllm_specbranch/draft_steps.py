@@ -208,11 +208,11 @@ class DraftSteps:
         return self._wanted_of_all()
 
     def _wanted_of_all(self) -> list[Work]:
-        """The rows of all requests that are worth their time, the most valuable first, and one chunk of one prefill."""
+        """The rows of all requests that are worth their time, the most valuable first, and one chunk of prefills."""
         wanted: list[tuple[float, Work]] = []
-        prefill: Work | None = None
+        prefills: list[Work] = []
         num_prefills = 0
-        chunk = self._timings.prefill_chunk(self._limits.prefill_tokens)
+        left = self._timings.prefill_chunk(self._limits.prefill_tokens)
         for request in self._requests.values():
             if request.is_resting or request.price >= 1.0:
                 continue
@@ -221,8 +221,10 @@ class DraftSteps:
                     continue
                 num_pending = request.num_pending(leaf)
                 if num_pending > MAX_DECODE_TOKENS:
-                    prefill = prefill or Work(request, leaf, min(num_pending, chunk))
                     num_prefills += 1
+                    if left:
+                        prefills.append(Work(request, leaf, min(num_pending, left)))
+                        left -= prefills[-1].num_tokens
                 else:
                     wanted.append((value, Work(request, leaf, num_pending)))
         wanted.sort(key=lambda one: -one[0])
@@ -230,7 +232,7 @@ class DraftSteps:
         if self.counters.num_steps % FULL_STEP_PERIOD == 0:
             # What a row costs is only seen where their number changes.
             count = len(wanted)
-        chosen = self._limits.cut([work for _, work in wanted[:count]], prefill)
+        chosen = self._limits.cut([work for _, work in wanted[:count]], prefills)
         self.num_queued_rows = len(wanted) + num_prefills - len(chosen)
         return chosen
 

@@ -1,12 +1,13 @@
 """One draft step as a list of work: which rows, how many fit, how long they take. Pure Python, draft server process."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vllm_specbranch.costs import LinearCost
 from vllm_specbranch.draft_peers import MEAN_WEIGHT
 from vllm_specbranch.draft_request import DraftRequest
 
-# A leaf that lacks at most this many tokens of KV is a decode row; one that lacks more is prefilled, one chunk a step.
+# A leaf that lacks at most this many tokens of KV is a decode row; those that lack more are prefilled, one chunk a step together.
 MAX_DECODE_TOKENS = 16
 PREFILL_CHUNK_TOKENS = 256
 # How long one prefill chunk may hold up the decode rows, and its size before anything was measured.
@@ -31,16 +32,17 @@ class Limits:
     num_tokens: int = 512
     prefill_tokens: int = PREFILL_CHUNK_TOKENS
 
-    def cut(self, work: list["Work"], prefill: "Work | None") -> list["Work"]:
-        """The leading part of `work` that fits into one step beside a prefill chunk."""
-        left = self.num_tokens - (prefill.num_tokens if prefill else 0)
+    def cut(self, work: list["Work"], prefills: Sequence["Work"] = ()) -> list["Work"]:
+        """The leading part of `work` that fits into one step beside the prefills, which come first where rows are few."""
+        prefills = prefills[: self.num_rows]
+        left = self.num_tokens - sum(one.num_tokens for one in prefills)
         kept = []
-        for one in work[: self.num_rows - (prefill is not None)]:
+        for one in work[: self.num_rows - len(prefills)]:
             left -= one.num_tokens
             if left < 0:
                 break
             kept.append(one)
-        return kept if prefill is None else [*kept, prefill]
+        return [*kept, *prefills]
 
 
 @dataclass(slots=True)

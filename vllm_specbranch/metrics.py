@@ -42,6 +42,7 @@ class DraftServerCounters:
     num_rows: int = 0
     num_prefill_tokens: int = 0
     num_wait_steps: int = 0
+    num_paused_rounds: int = 0
     num_narrowings: int = 0
     num_shortenings: int = 0
     num_evictions: int = 0
@@ -186,6 +187,9 @@ _DESCRIBED = (
     Metric("server.num_rows", "draft_rows_total", "Rows of these forwards: (request, branch) pairs."),
     Metric("server.num_prefill_tokens", "draft_prefill_tokens_total", "Prompt tokens that the draft model prefilled."),
     Metric("server.num_wait_steps", "draft_wait_steps_total", "Draft steps that an open reply waited for."),
+    Metric(
+        "server.num_paused_rounds", "paused_rounds_total", "Engine steps without drafts because they are faster so."
+    ),
     Metric(
         "server.num_narrowings",
         "narrowings_total",

@@ -18,6 +18,7 @@ from tests.reference_round import Rules
 from vllm_specbranch.benefit_gate import BenefitGate
 from vllm_specbranch.draft_server import DraftServer
 from vllm_specbranch.draft_work import Limits, StepTimings
+from vllm_specbranch.load_gate import LoadGate
 from vllm_specbranch.online_head import OnlineHead
 from vllm_specbranch.token_tree import TokenTree
 
@@ -237,3 +238,28 @@ def test_how_far_a_branch_grows_depends_on_nothing_drawn_in_it(
     result = run(Case(serving, seed=seed))
     assert result.difference < EXACT
     assert result.seen["num_narrowings"] + result.seen["num_evictions"] > 0
+
+
+@pytest.mark.parametrize("settings", [BEST_FIRST, CONFIDENT], ids=["best_first", "specbranch"])
+@pytest.mark.parametrize("phase", [0, 1])
+def test_pauses_under_load_look_at_no_drawn_token(
+    settings: Mapping[str, object], phase: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever has been drawn when a pause begins is not submitted; what is drawn after it follows what was committed."""
+    right = LoadGate.observe_round
+    seen = []
+
+    def counted(self: LoadGate, *args: object) -> None:
+        vars(self)["rounds"] = vars(self).get("rounds", phase) + 1
+        right(self, *args)  # type: ignore[arg-type]
+
+    def in_turns(self: LoadGate) -> bool:
+        seen.append(vars(self).get("rounds", phase) % 2 == 0)
+        return seen[-1]
+
+    monkeypatch.setattr(LoadGate, "observe_round", counted)
+    monkeypatch.setattr(LoadGate, "is_on", property(in_turns))
+    result = run(Case(Serving(replace(SHORT, horizon=4), settings, round_us=(20.0, 1.0)), seed=2))
+    assert result.difference < EXACT
+    assert set(seen) == {True, False}
+    assert result.seen["num_paused_rounds"] and result.seen["num_hits"]

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import pytest
 
 from tests.unit.test_planner import feed
-from vllm_specbranch.benefit_gate import BLOCK_ROUNDS, FIRST_REST, MAX_PAIRS, MIN_PAIRS, SETTLING_ROUNDS, BenefitGate
+from vllm_specbranch.benefit_gate import OF_A_HEAD, BenefitGate
 from vllm_specbranch.online_head import WARM_UP_LABELS, Example, OnlineHead
 from vllm_specbranch.token_tree import TokenTree
 
 GAMMA = 3
-BLOCK = BLOCK_ROUNDS + SETTLING_ROUNDS
+BLOCK = OF_A_HEAD.block_rounds + OF_A_HEAD.settling_rounds
 
 
 def chain(confidences: Sequence[float]) -> TokenTree:
@@ -159,7 +159,7 @@ def test_a_gate_is_shut_until_a_trial_has_begun_and_stays_shut_without_rounds() 
 @pytest.mark.parametrize("seed", range(5))
 def test_what_helps_is_used(seed: int) -> None:
     gate = BenefitGate()
-    played(gate, 2 * MAX_PAIRS * BLOCK, 0.3, seed)
+    played(gate, 2 * OF_A_HEAD.max_pairs * BLOCK, 0.3, seed)
     made, without = played(gate, 5000, 0.3, seed + 100)
     assert made > 1.2 * without
 
@@ -169,7 +169,7 @@ def test_what_helps_is_used(seed: int) -> None:
 def test_what_harms_costs_its_trials_only(seed: int, loss: float) -> None:
     """Never worse than without, after the warm-up: what is lost is the loss times the share of rounds that were trials."""
     gate = BenefitGate()
-    played(gate, 2 * MAX_PAIRS * BLOCK, loss, seed)
+    played(gate, 2 * OF_A_HEAD.max_pairs * BLOCK, loss, seed)
     made, without = played(gate, 60_000, loss, seed + 100)
     assert made > 0.99 * without
 
@@ -182,7 +182,7 @@ def test_trials_become_rarer_while_their_verdict_stays() -> None:
         played(gate, 100 * BLOCK, -0.5, 7, noise=0.1)
         counts.append(gate.num_trials - before)
     assert counts[0] >= 1 and sum(counts) <= 4
-    assert 2 * MIN_PAIRS < FIRST_REST
+    assert 2 * OF_A_HEAD.min_pairs < OF_A_HEAD.first_rest
 
 
 def test_a_verdict_may_change() -> None:
