@@ -24,6 +24,8 @@ from vllm_specbranch.report import Summary, number, percent, summarize, table
 NOT_SLOWER = 0.98
 # Of one request, for the picture of who waits for whom.
 NUM_TIMELINE_ROUNDS = 15
+# Engine steps of a repetition that its speed should be made of at least.
+LEAST_STEADY_STEPS = 30
 # Of emulated forwards that took too long; beyond that the emulation is not to be believed.
 MOST_OVERRUNS = 0.05
 
@@ -52,6 +54,15 @@ class Measured:
         """Of the bare models."""
         return model_times(self.rows, self.condition.batch_size)
 
+    def controls(self) -> list[Row]:
+        """Rows that do what the baseline does, so that their ratio shows the noise of the run."""
+        return [
+            row
+            for row in self.rows
+            if row.entry.group == "no_plugin"
+            or (row.entry.group == "async_off" and not self.rows[0].entry.facts.get("async_scheduling"))
+        ]
+
     def not_slower(self) -> list[tuple[str, Ratio]]:
         """Each row of ours, and how it stands to the baseline."""
         return [(row.name, self.ratio(row, self.rows[0])) for row in self.rows if row.entry.is_ours]
@@ -67,6 +78,7 @@ def as_text(measured: Measured) -> str:
     parts += ["Where an engine step went (ms, whole runs with their prefills):\n" + parts_table(measured)]
     if any(row.entry.is_ours for row in measured.rows):
         parts += [rivals_text(measured), not_slower_text(measured)]
+    parts += steadiness_text(measured.rows)
     if measured.condition.emulation is not None:
         parts.append(overruns_text(measured))
     return "\n\n".join(parts)
@@ -130,8 +142,8 @@ def times_note(times: ModelTimes) -> str:
     """The times of the bare models, in words."""
     lines = [
         f"A round of the target with vLLM around it takes {number(times.target_round_ms)} ms, its forward "
-        f"{number(times.target_forward_ms)} ms, a draft step {number(times.draft_step_ms)} ms: c = {number(times.c, 1)} "
-        f"(of forwards alone {number(times.c_of_forwards, 1)})."
+        f"{number(times.target_forward_ms)} ms, a draft step {number(times.draft_step_ms)} ms, its forward "
+        f"{number(times.draft_forward_ms)} ms: c = {number(times.c, 1)} (of forwards alone {number(times.c_of_forwards, 1)})."
     ]
     for what, found in (
         ("Target forward by tokens", times.target_ms_by_tokens),
@@ -173,7 +185,21 @@ def not_slower_text(measured: Measured) -> str:
     words = [
         f"{name} {'yes' if one.low >= NOT_SLOWER else 'NO'} ({one.low:.2f})" for name, one in measured.not_slower()
     ]
-    return f"Not slower than plain (lower bound at least {NOT_SLOWER}): " + ", ".join(words)
+    text = f"Not slower than plain (lower bound at least {NOT_SLOWER}): " + ", ".join(words)
+    for control in measured.controls():
+        same = measured.ratio(control, measured.rows[0])
+        text += f"\n{control.name!r} is a plain engine too: {same.median:.2f}x {_interval(same)}"
+        text += ". So this run cannot tell." if same.low < NOT_SLOWER else "."
+    return text
+
+
+def steadiness_text(rows: Sequence[Row]) -> list[str]:
+    """Which speeds are made of few engine steps."""
+    few = {row.name: min(row.num_steady_steps) for row in rows if min(row.num_steady_steps) < LEAST_STEADY_STEPS}
+    if not few:
+        return []
+    words = ", ".join(f"{name} {count or 'none, so whole runs count'}" for name, count in few.items())
+    return [f"Full batches without a prefill lasted few engine steps (more --max-tokens would help): {words}"]
 
 
 def overruns_text(measured: Measured) -> str:
@@ -265,8 +291,8 @@ def _row_as_json(measured: Measured, row: Row) -> dict[str, Any]:
         "differences": as_json(row.differences),
         "timeline": timeline(row.runs[0]),
         "samples": [
-            {"steady_tokens_per_s": speed, **_sample(run)}
-            for speed, run in zip(row.tokens_per_s, row.runs, strict=True)
+            {"steady_tokens_per_s": speed, "num_steady_steps": steps, **_sample(run)}
+            for speed, steps, run in zip(row.tokens_per_s, row.num_steady_steps, row.runs, strict=True)
         ],
     }
 

@@ -93,6 +93,11 @@ class Row:
         return [steady_tokens_per_s(run, self.batch_size) for run in self.runs]
 
     @property
+    def num_steady_steps(self) -> list[int]:
+        """How many engine steps `tokens_per_s` is made of, one value per repetition; 0 where it is that of the whole run."""
+        return [steady(run, self.batch_size).num_steps for run in self.runs]
+
+    @property
     def whole_run_tokens_per_s(self) -> list[float]:
         """With prefills, and with the end of the run, where fewer requests are left; one value per repetition."""
         return [run.num_tokens / run.wall_s for run in self.runs]
@@ -117,11 +122,20 @@ def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [one / other for one, other in zip(ours, theirs, strict=True)]
 
 
-def steady_tokens_per_s(run: RunResult, batch_size: int) -> float:
-    """Speed of the engine steps in which `batch_size` requests decode and none is prefilled.
+@dataclass(frozen=True, slots=True)
+class Steady:
+    """The engine steps of a run in which a full batch decodes and none is prefilled."""
+
+    num_steps: int
+    num_tokens: int
+    seconds: float
+
+
+def steady(run: RunResult, batch_size: int) -> Steady:
+    """Find the engine steps in which `batch_size` requests decode and none is prefilled.
 
     On CPUs a prefill costs many rounds, the same for every method; and requests that speculation ends early leave smaller batches
-    behind. Neither says how fast a full batch decodes. Falls back to the whole run where no step was like that.
+    behind. Neither says how fast a full batch decodes.
     """
     traces = [one for one in run.requests if one.output_times_s]
     firsts = sorted(one.output_times_s[0] for one in traces)
@@ -130,12 +144,18 @@ def steady_tokens_per_s(run: RunResult, batch_size: int) -> float:
     for trace in traces:
         for time_s, size in zip(trace.output_times_s, trace.output_sizes, strict=True):
             tokens[time_s] += size
-    num_tokens, seconds = 0, 0.0
+    num_steps, num_tokens, seconds = 0, 0, 0.0
     for start_s, end_s in pairwise(sorted(tokens)):
         num_decoding = bisect_right(firsts, start_s) - bisect_left(lasts, end_s)
         if num_decoding == batch_size:
-            num_tokens, seconds = num_tokens + tokens[end_s], seconds + end_s - start_s
-    return num_tokens / seconds if seconds else run.num_tokens / run.wall_s
+            num_steps, num_tokens, seconds = num_steps + 1, num_tokens + tokens[end_s], seconds + end_s - start_s
+    return Steady(num_steps, num_tokens, seconds)
+
+
+def steady_tokens_per_s(run: RunResult, batch_size: int) -> float:
+    """Speed of the steady steps; of the whole run where there was none."""
+    found = steady(run, batch_size)
+    return found.num_tokens / found.seconds if found.seconds else run.num_tokens / run.wall_s
 
 
 def entries(

@@ -26,10 +26,11 @@ class ModelTimes:
     Attributes:
         target_round_ms: median time between two outputs of the baseline: a decode step of the target with vLLM around it.
         target_forward_ms: median forward of the baseline with one token per request; None if forwards were not observed.
-        draft_step_ms: median step of the draft server with one row per request, from `pearl` where that is run (it has no other
-            rows); of forwards, or where these were not observed the server's own running mean; None if there was no such step.
+        draft_step_ms: a step of the draft server with one row per request, all that it does around its forward included (its own
+            running mean), from `pearl` where that is run (it has no other rows); None if there was no such step.
+        draft_forward_ms: median forward of the draft model in such steps; None if forwards were not observed.
         c: `target_round_ms / draft_step_ms`.
-        c_of_forwards: `target_forward_ms / draft_step_ms`.
+        c_of_forwards: `target_forward_ms / draft_forward_ms`.
         target_ms_by_tokens: median forward of the target by its query tokens, over all rows with the target's cores.
         draft_ms_by_rows: median step of the draft server by its rows, over all rows with one.
     """
@@ -37,6 +38,7 @@ class ModelTimes:
     target_round_ms: float
     target_forward_ms: float | None
     draft_step_ms: float | None
+    draft_forward_ms: float | None
     c: float | None
     c_of_forwards: float | None
     target_ms_by_tokens: dict[int, float]
@@ -72,39 +74,43 @@ def model_times(rows: Sequence[Row], batch_size: int) -> ModelTimes:
     target = medians_ms(run.target_forwards for row in alone for run in row.runs)
     draft = medians_ms(run.draft_forwards for row in alone if row.entry.is_ours for run in row.runs)
     forward_ms = medians_ms(run.target_forwards for run in baseline.runs).get(batch_size)
-    step_ms = _draft_step_ms(rows, batch_size)
+    step_ms, draft_forward_ms = _draft_step_ms(rows, batch_size), _draft_forward_ms(rows, batch_size)
     return ModelTimes(
         target_round_ms=round_ms,
         target_forward_ms=forward_ms,
         draft_step_ms=step_ms,
+        draft_forward_ms=draft_forward_ms,
         c=round_ms / step_ms if step_ms else None,
-        c_of_forwards=forward_ms / step_ms if step_ms and forward_ms else None,
+        c_of_forwards=forward_ms / draft_forward_ms if draft_forward_ms and forward_ms else None,
         target_ms_by_tokens=target,
         draft_ms_by_rows=draft,
     )
 
 
 def step_parts(row: Row) -> StepParts:
-    """Divide the wall time of all repetitions."""
-    wall_s, num_steps = sum(run.wall_s for run in row.runs), sum(run.num_steps for run in row.runs)
-    per_step = 1e3 / num_steps if num_steps else math.nan
-    target_s = _total_s(run.target_forwards for run in row.runs)
-    draft_s = _total_s(run.draft_forwards for run in row.runs)
-    wait_s = draft_s if row.entry.group == SEQUENTIAL else _counter(row.runs, "wait_s")
-    propose_s = _counter(row.runs, "propose_s")
+    """Divide the wall time of the repetition whose engine steps were of median length: a disturbed one moves nothing."""
+    run = sorted(row.runs, key=_step_s)[(len(row.runs) - 1) // 2]
+    per_step = 1e3 / run.num_steps if run.num_steps else math.nan
+    target_s, draft_s = _total_s(run.target_forwards), _total_s(run.draft_forwards)
+    wait_s = draft_s if row.entry.group == SEQUENTIAL else run.engine_counters.get("wait_s")
+    propose_s = run.engine_counters.get("propose_s")
     known_s = sum(one for one in (target_s, wait_s, propose_s) if one is not None)
 
     def each_ms(seconds: float | None) -> float | None:
         return None if seconds is None else per_step * seconds
 
     return StepParts(
-        step_ms=per_step * wall_s,
+        step_ms=per_step * run.wall_s,
         target_ms=each_ms(target_s),
         draft_wait_ms=each_ms(wait_s),
         propose_ms=each_ms(propose_s),
-        rest_ms=per_step * (wall_s - known_s),
-        draft_busy=None if draft_s is None else draft_s / wall_s,
+        rest_ms=per_step * (run.wall_s - known_s),
+        draft_busy=None if draft_s is None else draft_s / run.wall_s,
     )
+
+
+def _step_s(run: RunResult) -> float:
+    return run.wall_s / max(1, run.num_steps)
 
 
 def overrun_share(row: Row, emulation: Emulation | None) -> float:
@@ -122,15 +128,22 @@ def overrun_share(row: Row, emulation: Emulation | None) -> float:
     return late / max(1, len(target) + len(draft))
 
 
+def _drafting(rows: Sequence[Row]) -> list[Row]:
+    """The row of ours whose draft steps are looked at, if there is one."""
+    return sorted((row for row in rows if row.entry.is_ours), key=lambda row: row.name != PEARL)[:1]
+
+
 def _draft_step_ms(rows: Sequence[Row], batch_size: int) -> float | None:
-    ours = sorted((row for row in rows if row.entry.is_ours), key=lambda row: row.name != PEARL)
-    for row in ours[:1]:
-        observed = medians_ms(run.draft_forwards for run in row.runs).get(batch_size)
-        if observed is not None:
-            return observed
+    for row in _drafting(rows):
         steps_us = [run.server_timings_us.get(f"step_{batch_size}_rows") for run in row.runs]
         if known := [one for one in steps_us if one is not None]:
             return statistics.median(known) / 1e3
+    return None
+
+
+def _draft_forward_ms(rows: Sequence[Row], batch_size: int) -> float | None:
+    for row in _drafting(rows):
+        return medians_ms(run.draft_forwards for run in row.runs).get(batch_size)
     return None
 
 
@@ -145,13 +158,6 @@ def medians_ms(runs: Iterable[Sequence[Forward]]) -> dict[int, float]:
     }
 
 
-def _total_s(runs: Iterable[Sequence[Forward]]) -> float | None:
+def _total_s(forwards: Sequence[Forward]) -> float | None:
     """Seconds in forwards; None if there are none."""
-    durations = [one.end_s - one.start_s for forwards in runs for one in forwards]
-    return sum(durations) if durations else None
-
-
-def _counter(runs: Sequence[RunResult], name: str) -> float | None:
-    """The sum of a counter of our engine side; None for other methods."""
-    found = [run.engine_counters[name] for run in runs if name in run.engine_counters]
-    return sum(found) if found else None
+    return sum(one.end_s - one.start_s for one in forwards) if forwards else None

@@ -41,6 +41,8 @@ def made_run(
         server_counters={"num_rounds": 10.0, "num_steps": 40.0, "num_rows": 80.0, "num_hits": 7.0, "num_misses": 3.0}
         if is_ours
         else {},
+        # A step of the server is longer than its forward.
+        server_timings_us={f"step_{batch_size}_rows": 1.25e6 * step_s} if is_ours else {},
         target_forwards=target,
         draft_forwards=draft,
         accepted_by_position=[num_rounds] * accepted,

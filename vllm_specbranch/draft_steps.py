@@ -204,7 +204,7 @@ class DraftSteps:
             self.counters.num_wait_steps += 1
             for counters in {id(one.counters): one.counters for one, _ in waiting}.values():
                 counters.num_wait_steps += 1
-            return self._limits.cut([Work(one, end, one.num_pending(end)) for one, end in waiting], None)
+            return self._limits.cut([Work(one, end, one.num_pending(end)) for one, end in waiting])
         return self._wanted_of_all()
 
     def _wanted_of_all(self) -> list[Work]:

@@ -51,11 +51,14 @@ def test_model_times_come_from_the_baseline_and_from_pearl() -> None:
     round_ms, step_ms = 4.1e3 / 61, 2.1e3 / 21 / 5
     assert times.target_round_ms == pytest.approx(round_ms, rel=0.05)
     assert times.target_forward_ms == pytest.approx(round_ms / 2, rel=0.05)
-    assert times.draft_step_ms == pytest.approx(step_ms)
-    assert times.c == pytest.approx(round_ms / step_ms, rel=0.05)
+    assert times.draft_forward_ms == pytest.approx(step_ms)
+    assert times.draft_step_ms == pytest.approx(1.25 * step_ms)
+    assert times.c == pytest.approx(round_ms / step_ms / 1.25, rel=0.05)
+    assert times.c_of_forwards == pytest.approx(round_ms / step_ms / 2, rel=0.05)
     assert set(times.target_ms_by_tokens) == {1} == set(times.draft_ms_by_rows)
     without = model_times(measured.rows[:2], 1)
     assert without.draft_step_ms is None and without.c is None and without.draft_ms_by_rows == {}
+    assert without.draft_forward_ms is None and without.c_of_forwards is None
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
@@ -65,6 +68,13 @@ def test_parts_of_a_step_add_up(batch_size: int) -> None:
         parts = [part or 0.0 for part in (one.target_ms, one.draft_wait_ms, one.propose_ms)]
         assert sum(parts) + one.rest_ms == pytest.approx(one.step_ms)
         assert (one.propose_ms is not None) == row.entry.is_ours
+
+
+def test_a_disturbed_repetition_moves_no_part_of_a_step() -> None:
+    row = made_row("pearl", [2.0, 2.1, 2.2])
+    before = step_parts(row)
+    row.runs[2].engine_counters["propose_s"] = 60.0
+    assert step_parts(row) == before
 
 
 def test_draft_model_waits_for_its_own_draft() -> None:
@@ -130,6 +140,27 @@ def test_a_slow_row_is_called_slower() -> None:
     measured = made_measured()
     measured.rows = [made_row("plain", [1.0, 1.0, 1.0]), made_row("pearl", [1.2, 0.9, 1.1])]
     assert "pearl NO (0.83)" in as_text(measured)
+
+
+def test_speeds_made_of_few_steps_are_named() -> None:
+    text = "Full batches without a prefill lasted few engine steps"
+    measured = made_measured()
+    for row in measured.rows:
+        row.runs = [made_run(2.0, 1, row.entry.is_ours, 30)]
+    assert text not in as_text(measured)
+    measured.rows[0].runs = [made_run(2.0, num_rounds=29)]
+    measured.rows[1].runs = [made_run(2.0, num_rounds=0)]
+    line = next(one for one in as_text(measured).splitlines() if one.startswith(text))
+    assert line.endswith(": plain 29, draft_model 2 none, so whole runs count")
+
+
+def test_a_control_shows_what_a_run_can_tell() -> None:
+    measured = made_measured()
+    assert "is a plain engine too" not in as_text(measured)
+    measured.rows.append(made_row("plain, async off", [4.0, 4.2, 4.1]))
+    assert "'plain, async off' is a plain engine too: 1.00x [1.00..1.00].\n" in as_text(measured)
+    measured.rows[-1] = made_row("plain, async off", [4.0, 4.8, 4.5])
+    assert "is a plain engine too: 0.91x [0.88..1.00]. So this run cannot tell." in as_text(measured)
 
 
 def test_cores_too_slow_for_an_emulation_are_said() -> None:
