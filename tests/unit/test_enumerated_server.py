@@ -249,9 +249,9 @@ def test_pauses_under_load_look_at_no_drawn_token(
     right = LoadGate.observe_round
     seen = []
 
-    def counted(self: LoadGate, *args: object) -> None:
+    def counted(self: LoadGate, *args: object, **keywords: object) -> None:
         vars(self)["rounds"] = vars(self).get("rounds", phase) + 1
-        right(self, *args)  # type: ignore[arg-type]
+        right(self, *args, **keywords)  # type: ignore[arg-type]
 
     def in_turns(self: LoadGate) -> bool:
         seen.append(vars(self).get("rounds", phase) % 2 == 0)
