@@ -2,7 +2,8 @@
 
 Loads the draft model alone, as the draft server does, and times decode steps by their number of rows and by how many candidates
 each row returns. b = the time that one more row adds, relative to a step with one row: the slope of a straight line through the
-medians. Rows with 1, 16 and 32 candidates show how much of it is the way of the best tokens into Python.
+medians, once through those of at most 16 rows and once through all. Rows with 1, 16 and 32 candidates show how much of it is the
+way of the best tokens into Python.
 
 Owns what is timed and its table. Runs offline on one core:
 
@@ -10,28 +11,30 @@ Owns what is timed and its table. Runs offline on one core:
 """
 
 import argparse
-import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.portable import portable
+from benchmarks.result_file import begin, finish, require_counts, say
 from vllm_specbranch.draft_model import DraftModel, DraftModelSettings, Row
 from vllm_specbranch.errors import ConfigError, SpecBranchError
 from vllm_specbranch.kv_blocks import BlockCopy
+from vllm_specbranch.lineup import require_model
 from vllm_specbranch.provenance import provenance
 from vllm_specbranch.report import number, table
 from vllm_specbranch.shipped_pair import draft_path
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CONTEXT = 256
 MAX_ROWS = 64
+# Up to so many rows a further one should cost little; steps with more are rare.
+USUAL_ROWS = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,16 +50,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(args: argparse.Namespace) -> None:
     """Time all steps, write table and JSON."""
-    if not args.out.absolute().parent.is_dir():
-        raise ConfigError(str(args.out), "a file in a folder that exists", "--out")
+    begin(args.out)
+    require_counts({"--repetitions": args.repetitions})
+    available = os.sched_getaffinity(0)
+    if args.core not in available:
+        raise ConfigError(args.core, f"one of the cores {sorted(available)}", "--core")
+    draft = require_model(args.draft, "--draft")
     for option, values in (("--rows", args.rows), ("--candidates", args.candidates)):
-        if min(values) < 1 or max(values) > MAX_ROWS:
+        if not values or min(values) < 1 or max(values) > MAX_ROWS:
             raise ConfigError(values, f"whole numbers in 1..{MAX_ROWS}", option)
     if len(set(args.rows)) < 2:
         raise ConfigError(args.rows, "at least two numbers of rows, for a slope", "--rows")
     os.sched_setaffinity(0, {args.core})
     settings = DraftModelSettings(
-        str(args.draft), 2 * CONTEXT, args.dtype, enforce_eager=args.enforce_eager, max_num_rows=MAX_ROWS
+        str(draft), 2 * CONTEXT, args.dtype, enforce_eager=args.enforce_eager, max_num_rows=MAX_ROWS
     )
     model = DraftModel.load(settings)
     steps: dict[str, Callable[[int], object]] = {
@@ -65,17 +72,40 @@ def bench(args: argparse.Namespace) -> None:
     steps["a block copied per row"] = _step(model, min(args.candidates), copies=True)
     samples = _time(steps, args.rows, args.repetitions)
     lines = [_line(name, samples[name], args.rows) for name in steps]
-    head = ["step", *(f"{count} rows, ms" for count in args.rows), "b"]
-    sys.stdout.write(table(head, [[one["step"], *map(number, one["ms"]), f"{one['b']:.3f}"] for one in lines]) + "\n")
+    say(as_table(lines, args.rows) + "\n" + describe(args) + "\n")
     result = {
         "schema_version": SCHEMA_VERSION,
         **provenance(Path(__file__).parent),
         "options": vars(args),
         "num_cores": 1,
+        "context_tokens": CONTEXT,
         "lines": lines,
         "samples_ms": samples,
     }
-    args.out.write_text(json.dumps(portable(result)) + "\n")
+    finish(result, args.out)
+
+
+def as_table(lines: Sequence[Mapping[str, Any]], rows: Sequence[int]) -> str:
+    """A line per kind of step."""
+    head = [
+        "step",
+        *(f"{count} rows, ms" for count in rows),
+        f"b, up to {USUAL_ROWS} rows",
+        f"b, up to {max(rows)} rows",
+    ]
+    cells = [
+        [one["step"], *map(number, one["ms"]), number(one["b"], 3), number(one["b_of_all_rows"], 3)] for one in lines
+    ]
+    return table(head, cells)
+
+
+def describe(args: argparse.Namespace) -> str:
+    """With what options it was timed."""
+    how = "not compiled" if args.enforce_eager else "compiled"
+    return (
+        f"Draft model {args.draft.name}, {args.dtype}, {how}, on core {args.core} alone; contexts of {CONTEXT} tokens and fewer; "
+        f"medians of {args.repetitions} steps.\nb: what a further row costs, relative to a step with {min(args.rows)}."
+    )
 
 
 def _step(model: DraftModel, num_candidates: int, *, copies: bool = False) -> Callable[[int], object]:
@@ -109,11 +139,18 @@ def _time(
     return samples
 
 
-def _line(name: str, samples: dict[int, list[float]], rows: Sequence[int]) -> dict[str, Any]:
-    medians = [statistics.median(samples[count]) for count in rows]
-    slope, _ = statistics.linear_regression(list(map(float, rows)), medians)
-    first = medians[list(rows).index(min(rows))]
-    return {"step": name, "ms": medians, "b": slope / first}
+def _line(name: str, samples: Mapping[int, Sequence[float]], rows: Sequence[int]) -> dict[str, Any]:
+    medians = {count: statistics.median(samples[count]) for count in rows}
+    usual = {count: ms for count, ms in medians.items() if count <= USUAL_ROWS}
+    return {"step": name, "ms": list(medians.values()), "b": slope(usual), "b_of_all_rows": slope(medians)}
+
+
+def slope(times_ms: Mapping[int, float]) -> float | None:
+    """What a further row costs, relative to the fewest that were timed; None for fewer than two numbers of rows."""
+    if len(times_ms) < 2:
+        return None
+    per_row, _ = statistics.linear_regression(list(map(float, times_ms)), list(times_ms.values()))
+    return per_row / times_ms[min(times_ms)]
 
 
 def _numbers(text: str) -> list[int]:
@@ -121,7 +158,11 @@ def _numbers(text: str) -> list[int]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="bench_draft_step", description=__doc__.partition("\n")[0])
+    made = argparse.ArgumentParser(
+        prog="bench_draft_step",
+        description="What one more row costs in a draft step: it decides how many branches pay.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     made.add_argument("--out", type=Path, required=True, help="file for the JSON")
     made.add_argument("--draft", type=Path, default=draft_path(), help="folder of the draft model")
     made.add_argument("--rows", type=_numbers, default=[1, 2, 4, 8, 16, 32], help="numbers of rows, with commas")

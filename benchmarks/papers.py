@@ -73,7 +73,7 @@ COLUMNS: Mapping[str, str] = {
 # Fills a gap in the table, in as short a run as says something.
 COMMAND = (
     "python benchmarks/bench_decode.py --out {out} --target-layers 0 --target-mlp 0 --rows draft_model,pearl,specbranch,best_first "
-    "--max-tokens 64 --repetitions 3 --gammas {gammas}"
+    "--max-tokens 64 --repetitions 5 --gammas {gammas}"
 )
 # Around the best of sequential decoding at these alphas and c: (gamma + c) draft steps make 1 + alpha + ... + alpha^gamma tokens.
 GAMMAS: Mapping[str, str] = {SHIPPED: "3,6,12", WEAK: "2,4,8"}

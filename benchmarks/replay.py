@@ -15,7 +15,6 @@ Owns what is replayed and its words; the table is in `replay_report`, the engine
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,9 +32,9 @@ from vllm_specbranch.shipped_pair import draft_path, target_path
 
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.portable import portable
-from benchmarks.replay_engine import check_engine
+from benchmarks.replay_engine import REPETITIONS, check_engine
 from benchmarks.replay_report import Line, engine_text, lines_as_table
+from benchmarks.result_file import begin, finish, require_counts, say
 
 SCHEMA_VERSION = 1
 HOLDOUT = Path(__file__).parent / "prompts" / "python_holdout.json"
@@ -68,22 +67,21 @@ def bench(args: argparse.Namespace) -> int:
     texts = [one.text[:PROMPT_CHARACTERS] for one in read_prompts(args.prompts, args.num_prompts)]
     lineup = _lineup(args)
     origin = provenance(Path(__file__).parent)
-    _write(f"Recording {len(texts)} prompts with plain vLLM ...\n")
+    say(f"Recording {len(texts)} prompts with plain vLLM ...\n")
     prompts, recordings = record(lineup, texts, args.max_tokens)
     pairs, lines, checks = [], [], []
     for noise in args.noises:
-        draft = _draft(args.draft, noise)
+        draft = str(weaken.weakened(args.draft, noise))
         study = Study.load(draft, args.dtype, recordings, args.batch_size)
         pair = {"noise": noise, "draft": draft, "coverage": {k: coverage(study.agreements, k) for k in (1, 2, 4, 8)}}
         pairs.append(pair)
-        _write(
-            f"Noise {noise:g} on the draft: alpha {pair['coverage'][1]:.3f}, its first choice is the target's token.\n"
-        )
+        say(f"Noise {noise:g} on the draft: alpha {pair['coverage'][1]:.3f}, its first choice is the target's token.\n")
         lines += replay_pair(study, noise, args)
         if args.engine:
-            checks.append(check_engine(dataclasses.replace(lineup, draft=draft), study, prompts, args.max_tokens))
-            _write(engine_text(checks[-1]) + "\n")
-    _write("\n" + lines_as_table(lines) + "\n\n")
+            paired = dataclasses.replace(lineup, draft=draft)
+            checks.append(check_engine(paired, study, prompts, args.max_tokens, args.repetitions, args.seed))
+            say(engine_text(checks[-1]) + "\n")
+    say("\n" + lines_as_table(lines) + "\n\n")
     result = {
         "schema_version": SCHEMA_VERSION,
         **origin,
@@ -95,15 +93,18 @@ def bench(args: argparse.Namespace) -> int:
         "lines": [dataclasses.asdict(line) for line in lines],
         "engine": checks,
     }
-    line = json.dumps(portable(result))
-    args.out.write_text(line + "\n")
-    _write(line + "\n")
+    finish(result, args.out)
     return 0 if all(check["agrees"] for check in checks) else 1
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not args.out.absolute().parent.is_dir():
-        raise ConfigError(str(args.out), "a file in a folder that exists", "--out")
+    begin(args.out)
+    options = ("num_prompts", "max_tokens", "batch_size", "repetitions")
+    require_counts({"--" + name.replace("_", "-"): getattr(args, name) for name in options})
+    for option, numbers in (("--gammas", args.gammas), ("--ratios", args.ratios), ("--row-costs", args.row_costs)):
+        least = 0 if option == "--row-costs" else 1e-9
+        if not numbers or min(numbers) < least:
+            raise ConfigError(numbers, f"numbers {'from' if not least else 'above'} 0", option)
     for name in args.policies:
         if name not in ALTERNATIVES:
             raise ConfigError(name, "some of " + ", ".join(map(repr, ALTERNATIVES)), "--policies")
@@ -118,10 +119,6 @@ def _lineup(args: argparse.Namespace) -> Lineup:
         max_num_seqs=max(args.batch_size, RECORDING_BATCH),
         seed=args.seed,
     )
-
-
-def _draft(draft: Path, noise: float) -> str:
-    return weaken.cached(draft, noise).out if noise else str(draft)
 
 
 def record(lineup: Lineup, texts: Sequence[str], num_tokens: int) -> tuple[list[list[int]], list[Recording]]:
@@ -158,16 +155,11 @@ def replay_pair(study: Study, noise: float, args: argparse.Namespace) -> list[Li
             if bound is not None:
                 line.add("every outcome guessed", {}, as_json(bound, plain))
             lines.append(line)
-            _write(f"  c = {c:g}, b = {b:g}: {line.describe()}\n")
+            say(f"  c = {c:g}, b = {b:g}: {line.describe()}\n")
     return lines
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _numbers(text: str) -> list[float]:
@@ -203,7 +195,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--gammas", type=_counts, default=[8, 16], help="most draft tokens of a chunk, to choose from")
     add("--policies", type=_names, default=list(ALTERNATIVES), help="some of the above, with ; between them")
     add("--dtype", default="float32", help="of both models")
-    add("--seed", type=int, default=0, help="of the engines")
+    add("--seed", type=int, default=0, help="of the engines and the intervals")
+    add("--repetitions", type=int, default=REPETITIONS, help="of every engine under emulation (--engine)")
     add("--engine", action="store_true", help="also run the real engine and compare")
     return parser
 

@@ -101,6 +101,8 @@ class Replayed:
         time_s: virtual time from the first forward to the end of the last.
         wait_s: of that, time in which the target waited for drafts.
         num_late_replies: that came after the reply timeout, so that the round went on without drafts.
+        steady_s, num_steady_tokens: of `time_s` and `num_tokens`, the rounds of a full batch without a prefill; none for a
+            calculated row.
         server: the draft server's counters; empty for a calculated row.
     """
 
@@ -113,12 +115,19 @@ class Replayed:
     time_s: float = 0.0
     wait_s: float = 0.0
     num_late_replies: int = 0
+    steady_s: float = 0.0
+    num_steady_tokens: int = 0
     server: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
         """In virtual time."""
         return self.num_tokens / self.time_s
+
+    @property
+    def steady_tokens_per_s(self) -> float:
+        """The same of steady decoding; of the whole where there was none."""
+        return self.num_steady_tokens / self.steady_s if self.steady_s else self.tokens_per_s
 
     @property
     def mean_acceptance_length(self) -> float:
@@ -295,17 +304,27 @@ class _Engine:
         """All requests to their ends."""
         while self._waiting or self._running:
             self._begin(batch_size)
+            members, before, begun_s = list(self._running), self._num_done(self._running), self.now_s
+            is_steady = len(members) == batch_size and all(one.num_done for one in members)
             self._verify()
             self._pass(self._times.slack_ms)
             if self._running:
                 self._collect()
             self._pass(self._times.overhead_ms)
+            if is_steady:
+                self.result.steady_s += self.now_s - begun_s
+                self.result.num_steady_tokens += self._num_done(members) - before
         self.result.time_s = self.now_s
         if self._config.deterministic:
             # The engine waits for every reply, and this server takes in a message only when it is through with the one before.
             self._collect()
         self.result.server = self._server.counters
         return self.result
+
+    @staticmethod
+    def _num_done(requests: Sequence[_Request]) -> int:
+        """Tokens that count: a last round may commit more than is wanted."""
+        return sum(min(one.num_done, one.recording.num_tokens) for one in requests)
 
     def _pass(self, duration_ms: float) -> None:
         """The engine is busy with itself."""

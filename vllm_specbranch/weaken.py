@@ -91,3 +91,12 @@ def cached(source: Path, noise: float = WEAK_NOISE, seed: int = 0, cache: Path |
         return dataclasses.asdict(dataclasses.replace(weaken(source, aside, noise, seed), out=str(folder)))
 
     return WeakenReport(**made_once(folder, _REPORT, make))
+
+
+def weakened(source: Path, noise: float, seed: int = 0) -> Path:
+    """The model with so much noise, made once and kept; for none, the model itself.
+
+    Raises:
+        ConfigError: as in `weaken`.
+    """
+    return Path(cached(source, noise, seed).out) if noise else source

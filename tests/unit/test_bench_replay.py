@@ -2,16 +2,25 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from benchmarks import replay as bench
-from benchmarks.replay_engine import EMULATION, around_forwards_ms, compare_counts, split_time, times_of
+from benchmarks import replay_engine
+from benchmarks.replay_engine import (
+    EMULATION,
+    around_forwards_ms,
+    check_engine,
+    compare_counts,
+    split_time,
+    times_of,
+)
 from benchmarks.replay_report import Line, engine_text, lines_as_table
 from tests.unit.test_replay import BLOCK_SIZE, NUM_BLOCKS, fake, recordings_of
 from vllm_specbranch.config import SpecBranchConfig
-from vllm_specbranch.measure_messages import Forward, RequestTrace, RunResult
+from vllm_specbranch.lineup import Lineup, Placement
+from vllm_specbranch.measure_messages import EngineSpec, Forward, RequestTrace, RunResult
 from vllm_specbranch.replay import Recording, Replayed, Times
 from vllm_specbranch.replay_study import Study, as_json
 from vllm_specbranch.replay_study import recordings_of as recorded
@@ -87,25 +96,91 @@ def test_counts_agree_within_two_percent(rounds: int, hits: int, agrees: bool) -
     assert ("DO NOT AGREE" in text) != agrees
 
 
-def test_the_time_of_a_round_is_split() -> None:
-    run = RunResult(
-        0.3,
-        10,
-        [],
-        engine_counters={"wait_s": 0.02, "propose_s": 0.01},
+def observed_run(round_ms: float, num_rounds: int = 10, prefill_ms: float = 100.0) -> RunResult:
+    """One request: a long prefill, then rounds with forwards of 20 ms that bring two tokens each."""
+    starts = [prefill_ms / 1e3 + round_ms / 1e3 * index for index in range(num_rounds)]
+    times = [prefill_ms / 1e3, *(start + round_ms / 1e3 for start in starts)]
+    trace = RequestTrace(0.0, times, [1] + [2] * num_rounds, list(range(1 + 2 * num_rounds)), "")
+    return RunResult(
+        times[-1],
+        num_rounds + 1,
+        [trace],
+        engine_counters={"wait_s": 0.022, "propose_s": 0.011},
         server_counters={**counted(10, 5)},
-        target_forwards=[Forward(0.03 * index, 0.03 * index + 0.02, 1) for index in range(10)],
+        target_forwards=[Forward(0.0, prefill_ms / 1e3, 100), *(Forward(one, one + 0.02, 3) for one in starts)],
+        num_overruns=1,
     )
-    replayed, in_vllm = (Replayed(num_forwards=8, time_s=time_s, server=counted(8, 4)) for time_s in (0.2, 0.27))
-    split = split_time("pearl", run, replayed, in_vllm)
+
+
+def test_the_time_of_a_round_is_split() -> None:
+    runs = [observed_run(30.0), observed_run(40.0), observed_run(30.0)]
+    bare = Replayed(num_forwards=8, time_s=0.2, steady_s=0.2, num_steady_tokens=20, server=counted(8, 4))
+    in_vllm = Replayed(num_forwards=8, time_s=0.3, steady_s=0.27, num_steady_tokens=20, server=counted(8, 4))
+    split = split_time("pearl", runs, bare, in_vllm)
     parts = [split[name] for name in ("target_forward_ms", "wait_ms", "propose_ms", "rest_ms")]
-    assert parts == pytest.approx([20.0, 2.0, 1.0, 7.0]) and split["round_ms"] == pytest.approx(30.0)
-    assert split["share_of_oracle"] == pytest.approx(2 / 3)
-    assert split["share_of_oracle_in_vllm"] == pytest.approx(0.9)
-    around_ms = around_forwards_ms(run)
+    assert parts == pytest.approx([20.0, 2.0, 1.0, 100 / 3 - 23.0]) and split["round_ms"] == pytest.approx(100 / 3)
+    share = split["share_of_oracle"]
+    assert share["samples"] == pytest.approx([2 / 3, 1 / 2, 2 / 3]) and share["median"] == pytest.approx(2 / 3)
+    assert share["interval"] == pytest.approx((1 / 2, 2 / 3))
+    assert split["share_of_oracle_in_vllm"]["median"] == pytest.approx(0.9)
+    assert split["overrun_share"] == pytest.approx(3 / 33)
+    around_ms = around_forwards_ms(runs[:1], 3)
     assert around_ms == pytest.approx(10.0)
     text = engine_text({"deterministic": [], "observed": [split], "around_plain_forwards_ms": around_ms})
-    assert "rest of vLLM 7.00" in text and "90% with what vLLM adds to a plain forward (10.00 ms)" in text
+    assert "rest of vLLM 10.33" in text and "67% [50%..67%] of the replay's speed" in text
+    assert "90% [68%..90%] with what vLLM adds to a plain forward (10.00 ms)" in text and "9.1%" in text
+
+
+def test_a_prefill_that_takes_long_is_no_part_of_the_speeds() -> None:
+    bare = Replayed(num_forwards=8, time_s=0.2, steady_s=0.2, num_steady_tokens=20, server=counted(8, 4))
+    short, long = (split_time("pearl", [observed_run(30.0, prefill_ms=ms)], bare, bare) for ms in (20.0, 500.0))
+    for name in ("round_ms", "rest_ms"):
+        assert short[name] == pytest.approx(long[name])
+    assert short["share_of_oracle"]["median"] == pytest.approx(long["share_of_oracle"]["median"])
+
+
+def test_runs_without_steady_rounds_are_taken_whole() -> None:
+    run = RunResult(0.06, 2, [], target_forwards=[Forward(0.0, 0.02, 100), Forward(0.03, 0.05, 1)])
+    assert around_forwards_ms([run], 1) == pytest.approx(10.0)
+
+
+class FakeEngine:
+    """Notes what it is asked for."""
+
+    asked: ClassVar[list[tuple[str, int, object]]] = []
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+
+    def __enter__(self) -> "FakeEngine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait_until_ready(self) -> None:
+        pass
+
+    def run(self, prompts: Any, max_tokens: int, batch_size: int, emulation: object = None) -> RunResult:
+        assert emulation is None or self.spec.observe
+        self.asked.append((self.spec.name, len(prompts), emulation))
+        return observed_run(30.0)
+
+
+def test_engines_are_warmed_up_under_the_emulation_in_which_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay_engine, "Engine", FakeEngine)
+    monkeypatch.setattr(FakeEngine, "asked", [])
+    lineup = Lineup("target", "draft", Placement((0,), (1,)))
+    check = check_engine(lineup, study(), [[1, 2, 3]] * 5, 8, repetitions=4)
+    by_engine: dict[str, list[tuple[int, object]]] = {}
+    for name, num_prompts, emulation in FakeEngine.asked:
+        by_engine.setdefault(name, []).append((num_prompts, emulation))
+    for name, asked in by_engine.items():
+        is_observed = "observed" in name
+        assert asked[0][0] == 2 and [count for count, _ in asked[1:]] == [5] * (4 if is_observed else 1)
+        assert {how for _, how in asked} == {EMULATION if is_observed else None}
+    assert len(by_engine) == 1 + 2 * len(replay_engine.CASES)
+    assert all(len(one["tokens_per_s"]) == 4 for one in check["observed"]) and not check["agrees"]
 
 
 def test_engine_and_replay_have_the_same_times() -> None:
@@ -122,6 +197,10 @@ def test_engine_and_replay_have_the_same_times() -> None:
         (["--target", "/none"], "--target"),
         (["--draft", "/none"], "--draft"),
         (["--policies", "magic"], "--policies"),
+        (["--num-prompts", "0"], "--num-prompts"),
+        (["--repetitions", "0"], "--repetitions"),
+        (["--gammas", "0"], "--gammas"),
+        (["--ratios", ""], "--ratios"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
