@@ -80,6 +80,7 @@ def _tune(args: argparse.Namespace) -> int:
         target=args.target,
         draft=args.draft,
         out=args.out,
+        json_out=args.json,
         num_prompts=args.num_prompts,
         batch_size=args.batch_size,
         **_engine_settings(args),
@@ -292,6 +293,7 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
     add("--dtype", choices=_DTYPES, default="auto", help="of both models (default: what the models say)")
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of the search (default 0)")
     add("--always-write", action="store_true", help="write the best settings even if they are not worth it")
+    add("--json", type=Path, metavar="FILE", help="also write all that was measured and tried to this file")
     _add_places(tune)
 
 

@@ -7,25 +7,28 @@ the verdict in `tune_search`. Runs in the process that the user started, which l
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vllm_specbranch.config import CONFIG_ENV, CONFIG_FILE_NAME, METHOD, SpecBranchConfig
 from vllm_specbranch.engine_settings import EngineSettings
 from vllm_specbranch.errors import ConfigError
-from vllm_specbranch.lineup import Lineup, place, require_model
+from vllm_specbranch.lineup import Lineup, Placement, place, require_model
 from vllm_specbranch.measure import Engine, running
 from vllm_specbranch.prompts import default_prompts_path, read_prompts
-from vllm_specbranch.provenance import available_cores, gpus
+from vllm_specbranch.provenance import available_cores, gpus, provenance
 from vllm_specbranch.replay import Recording, Replayed
 from vllm_specbranch.replay_bounds import acceptance, acceptance_by_position, coverage
 from vllm_specbranch.replay_study import TOKENS_BEYOND, Study, recordings_of
+from vllm_specbranch.replay_study import as_json as replay_as_json
 from vllm_specbranch.report import number, percent, table
 from vllm_specbranch.tune_measure import Measured, measure
 from vllm_specbranch.tune_search import STARTS, Search, Settings, Verdict, judge
 
 PROBE_TOKENS = 8
 NUM_POSITIONS = 6
+COVERED = (1, 2, 4, 8)
+SCHEMA_VERSION = 1
 
 Write = Callable[[str], object]
 
@@ -36,12 +39,14 @@ class TuneSettings(EngineSettings):
 
     Attributes:
         out: None for `specbranch.json` in the target's folder, where vLLM looks for it.
+        json_out: also write what was measured and tried to this file; None for no such file.
         always_write: write the best settings of specbranch even when they are not worth it.
     """
 
     target: Path
     draft: Path
     out: Path | None = None
+    json_out: Path | None = None
     num_prompts: int = 8
     batch_size: int = 1
     seed: int = 0
@@ -78,7 +83,9 @@ def run(settings: TuneSettings, write: Write) -> int:
         enforce_eager=settings.enforce_eager,
     )
     write("\n" + describe(measured, study) + "\n\nSearching, by replaying what was recorded (times plain decoding):\n")
-    report = choose(measured, study, settings.seed, write)
+    report = choose(measured, study, lineup.placement, settings.seed, write)
+    if settings.json_out is not None:
+        settings.json_out.write_text(json.dumps(as_json(settings, lineup, measured, study, report), indent=1) + "\n")
     write("\n" + report.as_table() + "\n\n" + report.verdict.reason + "\n")
     if report.verdict.method != METHOD and not settings.always_write:
         write(report.advice(lineup.draft) + f"Nothing was written (--always-write writes {out} all the same).\n")
@@ -96,6 +103,9 @@ def _out(settings: TuneSettings) -> Path:
         raise ConfigError(str(out), "a file in a folder that exists", "--out")
     if not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ConfigError(str(out), "a file that may be written", "--out")
+    told = settings.json_out
+    if told is not None and (told.is_dir() or not told.absolute().parent.is_dir()):
+        raise ConfigError(str(told), "a file in a folder that exists", "--json")
     return out
 
 
@@ -164,21 +174,22 @@ def _measure(
         write(f"  generating {settings.max_tokens} tokens for each prompt, twice\n")
         recorded = plain.run(prompts, settings.max_tokens + TOKENS_BEYOND, settings.batch_size)
         drafted = ours.run(prompts, settings.max_tokens, settings.batch_size)
-    measured = measure(recorded, drafted, settings.batch_size)
+    measured = measure(recorded, drafted, settings.batch_size, PROBE_TOKENS)
     return measured, recordings_of(prompts, recorded, settings.max_tokens)
 
 
 def describe(measured: Measured, study: Study) -> str:
     """What was measured, in words."""
-    times = measured.ours
+    times, alone = measured.ours, measured.plain
     by_position = acceptance_by_position(study.recordings, study.agreements, NUM_POSITIONS)
-    top = ", ".join(f"{count}: {percent(coverage(study.agreements, count))}" for count in (1, 2, 4, 8))
-    further = (
-        f"each further token adds {times.target_token_cost:.1%}" if measured.is_observed else "further tokens not seen"
-    )
+    top = ", ".join(f"{count}: {percent(share)}" for count, share in _coverage(study).items())
+    is_seen = measured.is_observed and len(measured.target_ms) > 1
+    further = f"each further token adds {times.target_token_cost:.1%}" if is_seen else "further tokens not seen"
     return "\n".join(
         [
             f"A target forward takes {number(times.target_forward_ms)} ms ({further}); vLLM adds {number(times.overhead_ms)} ms.",
+            f"Without a draft server beside it the same forward takes {number(alone.target_forward_ms)} ms, and vLLM adds "
+            f"{number(alone.overhead_ms)} ms.",
             f"A draft step takes {number(times.draft_step_ms)} ms (each further token adds {times.draft_token_cost:.1%}). So c = "
             f"{times.c:.1f}: that many draft steps fit into a round of the target.",
             f"The target's token is among the draft's first choices, by their number: {top}.",
@@ -189,6 +200,10 @@ def describe(measured: Measured, study: Study) -> str:
     )
 
 
+def _coverage(study: Study) -> dict[int, float]:
+    return {count: coverage(study.agreements, count) for count in COVERED}
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """What the search found, and what it is held against; results are replays and calculations, not measurements.
@@ -197,12 +212,14 @@ class Report:
         settings: of specbranch, the best found.
         gamma: draft tokens of `draft_model`.
         rows: label and result; plain decoding first.
+        tried: speed of all settings that were replayed, relative to plain decoding.
     """
 
     settings: Settings
     gamma: int
     rows: list[tuple[str, Replayed]]
     verdict: Verdict
+    tried: list[tuple[Settings, float]]
 
     def as_table(self) -> str:
         """The rows for people."""
@@ -236,16 +253,18 @@ class Report:
         return f"Use: --speculative-config '{json.dumps(own)}'\n"
 
 
-def choose(measured: Measured, study: Study, seed: int, write: Write) -> Report:
+def choose(measured: Measured, study: Study, places: Placement, seed: int, write: Write) -> Report:
     """Search, and hold the result against the alternatives."""
     plain = study.plain(measured.plain)
     replays: dict[str, Replayed] = {}
+    tried: list[tuple[Settings, float]] = []
 
     def speed_of(settings: Settings) -> float:
         result = replays[label(settings)] = study.run(settings, measured.ours)
         return plain.time_s / result.time_s
 
     def show(settings: Settings, speed: float, is_best: bool) -> None:
+        tried.append((settings, speed))
         write(f"  {speed:5.2f}  {label(settings)}{'  <- best so far' if is_best else ''}\n")
 
     found = Search(speed_of, seed, show).run()
@@ -264,8 +283,10 @@ def choose(measured: Measured, study: Study, seed: int, write: Write) -> Report:
         gamma=gamma,
         acceptance=acceptance(study.agreements),
         c=measured.ours.c,
+        runs_on=places.describe(with_draft=True),
+        alone_on=places.describe(with_draft=False),
     )
-    return Report(found.settings, gamma, rows, verdict)
+    return Report(found.settings, gamma, rows, verdict, tried)
 
 
 def label(settings: Settings) -> str:
@@ -275,7 +296,37 @@ def label(settings: Settings) -> str:
         words.append(f"{settings['max_branches']} branches")
     if "stop_threshold" in settings:
         words.append(f"threshold {settings['stop_threshold']:g}")
+    if settings.get("on_miss", "auto") != "auto":
+        words.append(f"on a miss {settings['on_miss']}")
     return ", ".join(words)
+
+
+def as_json(
+    settings: TuneSettings, lineup: Lineup, measured: Measured, study: Study, report: Report
+) -> dict[str, object]:
+    """All that was measured and tried, for `--json`."""
+    plain = report.rows[0][1]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        **provenance(Path(__file__).parent),
+        "seed": settings.seed,
+        "target": lineup.target,
+        "draft": lineup.draft,
+        "dtype": settings.dtype,
+        "batch_size": settings.batch_size,
+        "num_prompts": len(study.recordings),
+        "max_tokens": settings.max_tokens,
+        "runs_on": lineup.placement.describe(with_draft=True),
+        "measured": {**asdict(measured), "c": measured.ours.c},
+        "acceptance": acceptance(study.agreements),
+        "acceptance_by_position": acceptance_by_position(study.recordings, study.agreements, NUM_POSITIONS),
+        "coverage": _coverage(study),
+        "tried": [{"settings": one, "speed_up": speed} for one, speed in report.tried],
+        "rows": [{"label": words, **replay_as_json(one, plain)} for words, one in report.rows],
+        "draft_model_tokens": report.gamma,
+        "settings": report.settings,
+        "verdict": asdict(report.verdict),
+    }
 
 
 def _write_file(out: Path, draft: str, settings: Settings) -> None:

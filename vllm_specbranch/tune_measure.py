@@ -2,11 +2,14 @@
 
 Owns how a line is laid through forward times, and what counts as overhead. Forwards are observed where that is possible (CPU);
 elsewhere a round is what plain vLLM takes from output to output, and a draft step what the draft server says.
+
+Forwards of plain vLLM and of specbranch are kept apart: beside a draft server that computes on the same machine the target's
+forwards take longer, and in one line that would look like a price of further tokens, which only specbranch has many of.
 """
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from vllm_specbranch.measure_messages import Forward, RunResult
@@ -14,8 +17,11 @@ from vllm_specbranch.replay import Times
 
 # A count of tokens that came up less often says nothing.
 MIN_SAMPLES = 3
-# Forwards with more tokens are prefills.
-MAX_DECODE_TOKENS = 64
+# Rows of a draft step; forwards of the draft with more tokens are prefills.
+MAX_DRAFT_TOKENS = 64
+# With several requests forwards of just the same size are rare: sizes are put together that differ by less than this share of a
+# batch.
+BIN_SHARE = 1 / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +37,38 @@ class Measured:
     """A pair on its machine.
 
     Attributes:
-        plain: times of plain vLLM and its `draft_model`.
+        plain: times of plain vLLM and its `draft_model`: the target's without a draft server beside it. What further tokens cost
+            it, and a draft step, are known of `ours` only.
         ours: of specbranch; it runs without asynchronous scheduling, so its overhead is another one.
-        target_ms, draft_ms: median time of a forward by its number of tokens.
+        plain_target_ms, target_ms, draft_ms: median time of a forward by its number of tokens: of the target in plain vLLM, of the
+            target in specbranch, of the draft model.
         is_observed: whether forwards were seen; if not, what further tokens cost the target is taken as nothing.
     """
 
     plain: Times
     ours: Times
+    plain_target_ms: dict[int, float]
     target_ms: dict[int, float]
     draft_ms: dict[int, float]
     is_observed: bool
 
 
-def medians_ms(forwards: Iterable[Forward]) -> dict[int, float]:
-    """Median duration by number of query tokens, of decoding forwards, where there are enough of them."""
-    by_tokens: dict[int, list[float]] = {}
+def medians_ms(forwards: Iterable[Forward], most_tokens: int, bin_size: int = 1) -> dict[int, float]:
+    """Median duration by number of query tokens, of decoding forwards, where there are enough of them.
+
+    Args:
+        most_tokens: forwards with more are prefills.
+        bin_size: so many sizes that follow each other count as one, their median.
+    """
+    bins: dict[int, list[tuple[int, float]]] = {}
     for one in forwards:
-        if one.num_tokens <= MAX_DECODE_TOKENS:
-            by_tokens.setdefault(one.num_tokens, []).append(1e3 * (one.end_s - one.start_s))
+        if one.num_tokens <= most_tokens:
+            found = bins.setdefault((one.num_tokens - 1) // bin_size, [])
+            found.append((one.num_tokens, 1e3 * (one.end_s - one.start_s)))
     return {
-        count: statistics.median(all_ms) for count, all_ms in sorted(by_tokens.items()) if len(all_ms) >= MIN_SAMPLES
+        round(statistics.median(count for count, _ in found)): statistics.median(time_ms for _, time_ms in found)
+        for _, found in sorted(bins.items())
+        if len(found) >= MIN_SAMPLES
     }
 
 
@@ -72,36 +89,40 @@ def fit(times_ms: Mapping[int, float]) -> Line:
     return Line(base_ms, slope_ms / base_ms)
 
 
-def measure(plain: RunResult, ours: RunResult, batch_size: int) -> Measured:
-    """Times of a pair, from a run of plain vLLM and one of specbranch over the same prompts."""
+def measure(plain: RunResult, ours: RunResult, batch_size: int, num_draft_tokens: int) -> Measured:
+    """Times of a pair, from a run of plain vLLM and one of specbranch over the same prompts.
+
+    Args:
+        batch_size: requests at the same time, in both runs.
+        num_draft_tokens: most of a chunk in the run of specbranch.
+    """
     gap_ms = 1e3 * statistics.median(
         later - earlier for one in plain.requests for earlier, later in pairwise(one.output_times_s)
     )
-    target_ms = medians_ms([*plain.target_forwards, *ours.target_forwards])
-    draft_ms = medians_ms(ours.draft_forwards)
-    is_observed = bool(target_ms and draft_ms)
+    most_tokens, bin_size = batch_size * (1 + num_draft_tokens), max(1, int(BIN_SHARE * batch_size))
+    alone_ms = medians_ms(plain.target_forwards, most_tokens, bin_size)
+    target_ms = medians_ms(ours.target_forwards, most_tokens, bin_size)
+    draft_ms = medians_ms(ours.draft_forwards, MAX_DRAFT_TOKENS)
+    is_observed = bool(alone_ms and target_ms and draft_ms)
     if not is_observed:
-        target_ms = {batch_size: gap_ms}
+        alone_ms = target_ms = {batch_size: gap_ms}
         draft_ms = _served_ms(ours.server_timings_us)
     target, draft = fit(target_ms), fit(draft_ms)
     times = Times(target.base_ms, draft.base_ms, target.token_cost, draft.token_cost)
+    alone = replace(times, target_forward_ms=_base_ms(alone_ms, target.token_cost))
     return Measured(
-        plain=_with_overhead(times, max(0.0, gap_ms - times.forward_ms(batch_size))),
-        ours=_with_overhead(times, _overhead_ms(ours) if is_observed else _propose_ms(ours)),
+        plain=replace(alone, overhead_ms=max(0.0, gap_ms - alone.forward_ms(batch_size))),
+        ours=replace(times, overhead_ms=_overhead_ms(ours) if is_observed else _propose_ms(ours)),
+        plain_target_ms=alone_ms,
         target_ms=target_ms,
         draft_ms=draft_ms,
         is_observed=is_observed,
     )
 
 
-def _with_overhead(times: Times, overhead_ms: float) -> Times:
-    return Times(
-        times.target_forward_ms,
-        times.draft_step_ms,
-        times.target_token_cost,
-        times.draft_token_cost,
-        overhead_ms=overhead_ms,
-    )
+def _base_ms(times_ms: Mapping[int, float], token_cost: float) -> float:
+    """Time of a forward with one token, where what further ones cost is known: plain decoding has one size only, the batch."""
+    return statistics.median(time / (1 + token_cost * (count - 1)) for count, time in times_ms.items())
 
 
 def _served_ms(timings_us: Mapping[str, float]) -> dict[int, float]:

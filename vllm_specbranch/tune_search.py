@@ -15,18 +15,20 @@ VALUES: Mapping[str, Sequence[object]] = {
     "num_speculative_tokens": (2, 3, 4, 6, 8, 12, 16),
     "stop_threshold": (0.0, 0.05, 0.1, 0.2, 0.3, 0.5),
     "max_branches": (1, 2, 4, 8, 16, 32, 64),
+    # Around `auto`, which waits by what it has measured: never, and always for so many tokens.
+    "on_miss": ("go", "auto", "wait:2"),
 }
 KEYS: Mapping[str, Sequence[str]] = {
-    "specbranch": ("num_speculative_tokens", "stop_threshold", "max_branches"),
-    "best_first": ("num_speculative_tokens", "max_branches"),
-    "fanout": ("num_speculative_tokens", "max_branches"),
+    "specbranch": ("num_speculative_tokens", "stop_threshold", "max_branches", "on_miss"),
+    "best_first": ("num_speculative_tokens", "max_branches", "on_miss"),
+    "fanout": ("num_speculative_tokens", "max_branches", "on_miss"),
     "pearl": ("num_speculative_tokens",),
 }
 # Where a search starts, for each policy; the first one is what a user gets who says nothing.
 STARTS: Sequence[Settings] = (
-    {"policy": "best_first", "num_speculative_tokens": 8, "max_branches": 32},
-    {"policy": "specbranch", "num_speculative_tokens": 8, "stop_threshold": 0.1, "max_branches": 8},
-    {"policy": "fanout", "num_speculative_tokens": 8, "max_branches": 16},
+    {"policy": "best_first", "num_speculative_tokens": 8, "max_branches": 32, "on_miss": "auto"},
+    {"policy": "specbranch", "num_speculative_tokens": 8, "stop_threshold": 0.1, "max_branches": 8, "on_miss": "auto"},
+    {"policy": "fanout", "num_speculative_tokens": 8, "max_branches": 16, "on_miss": "auto"},
     {"policy": "pearl", "num_speculative_tokens": 8},
 )
 # How many policies are searched further than their start, and how often all keys of one are gone through.
@@ -34,7 +36,7 @@ NUM_SEARCHED = 2
 MAX_PASSES = 2
 # A value is changed for at least this gain: less is chance on so few prompts.
 MIN_GAIN = 0.005
-# Less than this over plain decoding is not worth a second model.
+# Less than this over plain decoding is not worth a second model; over what needs no second device, not worth that device.
 MIN_SPEED_UP = 1.05
 
 OnTried = Callable[[Settings, float, bool], None]
@@ -93,7 +95,7 @@ class Search:
         values = VALUES[key]
         best = settings
         for way in (1, -1):
-            place = min(range(len(values)), key=lambda index: abs(_size(values[index]) - _size(settings[key]))) + way
+            place = values.index(settings[key]) + way
             while 0 <= place < len(values):
                 tried = {**settings, key: values[place]}
                 if self._speed(tried) < self._speed(best) * (1 + MIN_GAIN):
@@ -112,11 +114,6 @@ class Search:
         return self._known[key]
 
 
-def _size(value: object) -> float:
-    assert isinstance(value, int | float)
-    return float(value)
-
-
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """What to do with a pair.
@@ -130,7 +127,9 @@ class Verdict:
     reason: str
 
 
-def judge(*, ours: float, sequential: float, gamma: int, acceptance: float, c: float) -> Verdict:
+def judge(
+    *, ours: float, sequential: float, gamma: int, acceptance: float, c: float, runs_on: str, alone_on: str
+) -> Verdict:
     """Decide what is worth having.
 
     Args:
@@ -138,19 +137,29 @@ def judge(*, ours: float, sequential: float, gamma: int, acceptance: float, c: f
         gamma: draft tokens of `draft_model`.
         acceptance: chance that a drafted token is the target's, 0..1.
         c: draft steps in one target round.
+        runs_on, alone_on: cores or devices of specbranch, and of the other two, in words.
     """
-    if max(ours, sequential) < MIN_SPEED_UP:
-        why = []
-        if c < 3:
-            why.append(f"a round of the target takes only {c:.1f} draft steps (below 3 there is little to gain)")
-        if acceptance < 0.4:
-            why.append(f"only {acceptance:.0%} of the draft's first choices are the target's tokens")
-        because = " and ".join(why) or "what drafting saves is lost again to its overhead"
-        return Verdict("plain", f"Speculation is not worth it for this pair: {because}.")
-    if sequential > ours:
+    if ours >= MIN_SPEED_UP * max(1.0, sequential):
+        return Verdict(
+            "specbranch",
+            f"specbranch should decode {ours:.2f} times as fast as plain vLLM for this pair, and draft_model, at its best with "
+            f"{gamma} draft tokens, {sequential:.2f} times. specbranch runs on {runs_on}, the other two on {alone_on}.",
+        )
+    if sequential >= MIN_SPEED_UP:
         return Verdict(
             "draft_model",
             f"vLLM's own draft_model with {gamma} draft tokens is better for this pair: {sequential:.2f} times plain decoding, "
-            f"specbranch {ours:.2f} times, and it needs no second device.",
+            f"specbranch {ours:.2f} times (at least {MIN_SPEED_UP:.2f} times as much would pay for its devices: it runs on "
+            f"{runs_on}, draft_model on {alone_on}).",
         )
-    return Verdict("specbranch", f"specbranch should decode {ours:.2f} times as fast as plain vLLM for this pair.")
+    why = []
+    if c < 3:
+        why.append(f"a round of the target takes only {c:.1f} draft steps (below 3 there is little to gain)")
+    if acceptance < 0.4:
+        why.append(f"only {acceptance:.0%} of the draft's first choices are the target's tokens")
+    because = " and ".join(why) or "what drafting saves is lost again to its overhead"
+    return Verdict(
+        "plain",
+        f"Speculation is not worth it for this pair: {because} (specbranch {ours:.2f} times "
+        f"plain decoding, draft_model {sequential:.2f} times).",
+    )

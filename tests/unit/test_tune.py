@@ -1,6 +1,8 @@
 """Tuning: what is made of measurements, the search, the verdict, the file, and the words. No engine is started."""
 
+import dataclasses
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +48,46 @@ def result(gap_ms: float, **keys: Any) -> RunResult:
 
 
 def test_rare_sizes_and_prefills_say_nothing() -> None:
-    assert medians_ms(forwards(1.0, 5.0, [1, 1, 1, 4, 4, 200, 200, 200])) == {1: pytest.approx(5.0)}
+    assert medians_ms(forwards(1.0, 5.0, [1, 1, 1, 4, 4, 10, 10, 10]), 9) == {1: pytest.approx(5.0)}
+
+
+def test_sizes_that_are_alike_count_as_one() -> None:
+    found = medians_ms(
+        [*forwards(1.0, 5.0, [57, 60, 64]), *forwards(1.0, 6.0, [65, 66, 67]), *forwards(1.0, 9.0, [80])], 576, 8
+    )
+    assert found == {60: pytest.approx(5.0), 66: pytest.approx(6.0)}
+
+
+@pytest.mark.parametrize("batch_size", [16, 64])
+def test_what_further_tokens_cost_is_seen_in_large_batches_too(batch_size: int) -> None:
+    """Forwards with drafts have several times the batch in tokens, and hardly two of them as many: 2% of a forward each."""
+    randoms = random.Random(0)
+    sizes = [batch_size + randoms.randrange(batch_size * 8) for _ in range(60)]
+    times = Times(50.0, 2.0, 0.02)
+    drafted = [Forward(index, index + times.forward_ms(size) / 1e3, size) for index, size in enumerate(sizes)]
+    plain_ms = times.forward_ms(batch_size)
+    plain = result(plain_ms, target_forwards=forwards(0.0, plain_ms, [batch_size] * 10))
+    ours = result(plain_ms, target_forwards=drafted, draft_forwards=forwards(0.0, 2.0, [batch_size] * 5))
+    measured = measure(plain, ours, batch_size, 8)
+    assert measured.is_observed and len(measured.target_ms) > 5
+    assert measured.ours.target_token_cost == pytest.approx(0.02, rel=0.1)
+    assert measured.plain.forward_ms(batch_size) == pytest.approx(plain_ms)
+    assert measured.ours.forward_ms(4 * batch_size) == pytest.approx(times.forward_ms(4 * batch_size), rel=0.05)
+
+
+def test_contention_is_no_price_of_further_tokens() -> None:
+    """Beside a draft server every forward takes half as long again; tokens are free."""
+    plain = result(12.0, target_forwards=forwards(2.0, 10.0, [1] * 10))
+    ours = result(
+        19.0,
+        target_forwards=forwards(4.0, 15.0, [1, 3, 5, 9] * 5),
+        draft_forwards=forwards(0.0, 2.0, [1] * 5),
+    )
+    measured = measure(plain, ours, 1, 8)
+    assert measured.ours.target_token_cost == measured.plain.target_token_cost == pytest.approx(0.0)
+    assert measured.ours.target_forward_ms == pytest.approx(15.0)
+    assert measured.plain.target_forward_ms == pytest.approx(10.0)
+    assert measured.plain.overhead_ms == pytest.approx(2.0) and measured.ours.overhead_ms == pytest.approx(4.0)
 
 
 def test_times_of_an_observed_pair() -> None:
@@ -58,7 +99,7 @@ def test_times_of_an_observed_pair() -> None:
         draft_forwards=forwards(0.0, 2.0, [1] * 5) + forwards(0.0, 3.0, [6] * 5),
         engine_counters=counters,
     )
-    measured = measure(plain, ours, 1)
+    measured = measure(plain, ours, 1, 8)
     assert measured.is_observed
     assert measured.plain.overhead_ms == pytest.approx(2.0)
     assert measured.ours.overhead_ms == pytest.approx(3.5)
@@ -69,7 +110,7 @@ def test_times_of_an_observed_pair() -> None:
 
 def test_times_of_a_pair_that_cannot_be_observed() -> None:
     timings = {"step_1_rows": 1000.0, "step_3_rows": 1400.0, "peer_0_token": 5.0}
-    measured = measure(result(12.0), result(9.0, server_timings_us=timings, engine_counters={"propose_s": 0.01}), 1)
+    measured = measure(result(12.0), result(9.0, server_timings_us=timings, engine_counters={"propose_s": 0.01}), 1, 8)
     assert not measured.is_observed
     assert measured.plain.round_ms(1) == pytest.approx(12.0)
     assert measured.ours.round_ms(9) == pytest.approx(13.0)
@@ -80,9 +121,10 @@ def test_times_of_a_pair_that_cannot_be_observed() -> None:
 
 
 def hill(settings: Settings) -> float:
-    """Best: specbranch, 12 tokens, threshold 0.2, 16 branches."""
+    """Best: specbranch, 12 tokens, threshold 0.2, 16 branches, and two tokens waited for after a miss."""
     speed = {"specbranch": 2.0, "best_first": 1.9, "fanout": 1.5, "pearl": 1.2}[str(settings["policy"])]
-    for key, best in (("num_speculative_tokens", 12), ("stop_threshold", 0.2), ("max_branches", 16)):
+    bests = {"num_speculative_tokens": 12, "stop_threshold": 0.2, "max_branches": 16, "on_miss": "wait:2"}
+    for key, best in bests.items():
         if key in settings:
             distance = abs(VALUES[key].index(settings[key]) - VALUES[key].index(best))
             speed -= 0.05 * distance
@@ -98,6 +140,7 @@ def test_the_search_finds_the_top(seed: int) -> None:
         "num_speculative_tokens": 12,
         "stop_threshold": 0.2,
         "max_branches": 16,
+        "on_miss": "wait:2",
     }
     assert found.speed == 2.0
     assert found.num_tried == len(tried) == len({json.dumps(one, sort_keys=True) for one in tried}) < 40
@@ -133,12 +176,19 @@ def test_what_is_searched_are_settings() -> None:
         (1.02, 1.04, 10.0, 0.1, "plain", "only 10% of the draft's first choices"),
         (1.0, 0.5, 0.8, 0.9, "plain", "only 0.8 draft steps"),
         (1.0, 0.5, 8.0, 0.9, "plain", "overhead"),
+        # Better than plain, but not by what a second device is asked for over draft_model, which is not worth a model itself.
+        (1.07, 1.04, 8.0, 0.9, "plain", "specbranch 1.07 times plain decoding, draft_model 1.04 times"),
         (1.3, 1.5, 8.0, 0.9, "draft_model", "draft_model with 4 draft tokens is better"),
+        (1.301, 1.3, 8.0, 0.9, "draft_model", "it runs on core 0 + core 1, draft_model on core 0"),
+        (1.36, 1.3, 8.0, 0.9, "draft_model", "1.05 times as much"),
+        (1.37, 1.3, 8.0, 0.9, "specbranch", "draft_model, at its best with 4 draft tokens, 1.30 times"),
         (1.5, 1.3, 8.0, 0.9, "specbranch", "1.50 times"),
+        (1.5, 0.7, 8.0, 0.9, "specbranch", "runs on core 0 + core 1, the other two on core 0"),
     ],
 )
 def test_the_verdict(ours: float, sequential: float, c: float, alpha: float, method: str, said: str) -> None:
-    verdict = judge(ours=ours, sequential=sequential, gamma=4, acceptance=alpha, c=c)
+    places = {"runs_on": "core 0 + core 1", "alone_on": "core 0"}
+    verdict = judge(ours=ours, sequential=sequential, gamma=4, acceptance=alpha, c=c, **places)
     assert verdict.method == method and said in verdict.reason
 
 
@@ -146,7 +196,8 @@ def test_the_verdict(ours: float, sequential: float, c: float, alpha: float, met
 
 
 def made_up(times: Times) -> Measured:
-    return Measured(times, times, {1: times.target_forward_ms}, {1: times.draft_step_ms}, True)
+    target_ms = {count: times.forward_ms(count) for count in (1, 5, 9)}
+    return Measured(times, times, {1: times.target_forward_ms}, target_ms, {1: times.draft_step_ms}, True)
 
 
 def study_of(agrees: list[list[bool]]) -> Study:
@@ -226,7 +277,7 @@ def test_draft_model_is_recommended_where_it_is_better(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A large overhead of ours alone."""
-    slow = Measured(Times(10.0, 1.0), Times(10.0, 1.0, overhead_ms=30.0), {1: 10.0}, {1: 1.0}, True)
+    slow = Measured(Times(10.0, 1.0), Times(10.0, 1.0, overhead_ms=30.0), {1: 10.0}, {1: 10.0}, {1: 1.0}, True)
     monkeypatch.setattr("tests.unit.test_tune.made_up", lambda _: slow)
     code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0))
     assert code == 0
@@ -237,6 +288,28 @@ def test_what_was_measured_in_words() -> None:
     text = tune.describe(made_up(Times(10.0, 2.0, 0.05, 0.1, overhead_ms=1.0)), study_of([[True, False] * 8]))
     assert "10.00 ms" in text and "adds 5.0%" in text and "adds 10.0%" in text and "c = 5.5" in text
     assert "1: 50%, 2: 100%" in text
+    unseen = dataclasses.replace(made_up(Times(10.0, 2.0)), target_ms={9: 10.0})
+    assert "further tokens not seen" in tune.describe(unseen, study_of([[True, False] * 8]))
+
+
+def test_what_was_measured_and_tried_is_kept(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "told.json"
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), "--json", str(file))
+    assert code == 0
+    told = json.loads(file.read_text())
+    assert told["measured"]["c"] == 10.0 and told["measured"]["draft_ms"] == {"1": 1.0}
+    assert told["coverage"]["8"] == 1.0 and len(told["acceptance_by_position"]) == 6
+    assert told["verdict"]["method"] == "specbranch" and told["verdict"]["reason"] in text
+    best = max(told["tried"], key=lambda one: one["speed_up"])
+    # A value is not changed for a gain that is chance.
+    assert told["settings"] in [one["settings"] for one in told["tried"]]
+    assert {one["settings"].get("on_miss") for one in told["tried"]} >= {"go", "auto", "wait:2"}
+    assert told["rows"][0]["speed_up"] == 1.0 and best["speed_up"] <= told["rows"][-1]["speed_up"] + 1e-9
+    assert {"git_sha", "versions", "machine", "argv"} <= told.keys()
+    written = json.loads((pair[0] / "specbranch.json").read_text())
+    assert {"model": "draft", **told["settings"]} == written
 
 
 # --- words -----------------------------------------------------------------------------------------------------------
@@ -249,6 +322,7 @@ def test_what_was_measured_in_words() -> None:
         ("--draft nowhere", "--draft='nowhere'"),
         ("--prompts nowhere.txt", "--prompts='nowhere.txt'"),
         ("--out /nowhere/out.json", "--out='/nowhere/out.json'"),
+        ("--json /nowhere/out.json", "--json='/nowhere/out.json'"),
         ("--target-cores x", "--target-cores='x'"),
         ("--draft-cores 4096", "--draft-cores='4096'"),
         ("--max-model-len 100", "--max-model-len=100"),
