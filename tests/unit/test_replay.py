@@ -142,6 +142,29 @@ def test_pearl_is_as_simulated(agrees: list[list[bool]], gamma: int, ratio: floa
 
 
 @patient
+@given(agree_lists, gammas, ratios)
+def test_steady_decoding_is_all_but_the_rounds_that_end_a_prefill(
+    agrees: list[list[bool]], gamma: int, ratio: float
+) -> None:
+    times = Times(ratio * draft_step_ms, draft_step_ms, draft_token_cost=0.0)
+    recordings = recordings_of(agrees)
+    result = run(config(gamma, policy="pearl", reply_timeout_ms=10_000.0), recordings, times)
+    prefills_s = len(recordings) * ratio * draft_step_ms / 1e3
+    assert result.steady_s == result.time_s - prefills_s
+    assert result.num_steady_tokens == result.num_tokens - len(recordings)
+
+
+def test_a_batch_that_is_not_full_is_not_steady() -> None:
+    recordings = recordings_of([[True] * 8, [True] * 20])
+    times = Times(500.0, draft_step_ms)
+    alone, full = (run(config(policy="pearl"), recordings, times, batch_size) for batch_size in (3, 2))
+    assert (alone.steady_s, alone.num_steady_tokens) == (0.0, 0)
+    assert alone.steady_tokens_per_s == alone.tokens_per_s
+    # Until the shorter one ends; the longer one is not steady alone.
+    assert 14 <= full.num_steady_tokens < 20 and 0 < full.steady_s < full.time_s
+
+
+@patient
 @given(agree_lists, st.integers(0, 6), ratios)
 def test_sequential_is_as_simulated(agrees: list[list[bool]], gamma: int, ratio: float) -> None:
     recordings = recordings_of(agrees)
