@@ -78,6 +78,7 @@ def as_text(measured: Measured) -> str:
     parts += ["Where an engine step went (ms, whole runs with their prefills):\n" + parts_table(measured)]
     if any(row.entry.is_ours for row in measured.rows):
         parts += [rivals_text(measured), not_slower_text(measured)]
+    parts += [f"Doubt: {one}." for one in doubts(measured)]
     parts += steadiness_text(measured.rows)
     if measured.condition.emulation is not None:
         parts.append(overruns_text(measured))
@@ -202,6 +203,30 @@ def steadiness_text(rows: Sequence[Row]) -> list[str]:
     return [f"Full batches without a prefill lasted few engine steps (more --max-tokens would help): {words}"]
 
 
+def edge_doubt(best: int | None, tried: Sequence[int]) -> list[str]:
+    """What to doubt if draft_model was best at the edge of what was tried; nothing otherwise. Below 1 there is nothing to try.
+
+    Args:
+        best: its best number of draft tokens; None where there is no such row.
+        tried: all numbers that ran.
+    """
+    if best is None or not tried or not (best == max(tried) or (best == min(tried) and best > 1)):
+        return []
+    return [f"draft_model was best at the edge of the draft tokens tried, {best}: its real best may be beyond"]
+
+
+def doubts(measured: Measured) -> list[str]:
+    """What a reader should know before believing the comparison with draft_model, on the target's cores and on all."""
+    found = []
+    for is_wide in (False, True):
+        group = [row for row in measured.rows if row.entry.group == SEQUENTIAL and row.entry.is_wide == is_wide]
+        tried = {row.name: (row.entry.spec.speculative or {}).get("num_speculative_tokens") for row in group}
+        best = next((tried[row.name] for row in rivals(group)), None)
+        told = edge_doubt(best, [one for one in tried.values() if one is not None])
+        found += [f"{one} ({group[0].entry.runs_on}; see --gammas)" for one in told]
+    return found
+
+
 def overruns_text(measured: Measured) -> str:
     """Whether the cores kept up with the emulated durations."""
     shares = {row.name: overrun_share(row, measured.condition.emulation) for row in measured.rows}
@@ -257,6 +282,7 @@ def measured_as_json(measured: Measured) -> dict[str, Any]:
         "prompts": list(measured.names),
         "prompt_tokens": [len(one) for one in measured.token_ids],
         "baseline": measured.rows[0].name,
+        "doubts": doubts(measured),
         "model_times": dataclasses.asdict(measured.times()),
         "rows": [_row_as_json(measured, row) for row in measured.rows],
     }

@@ -28,7 +28,6 @@ Owns the papers' pairs and figures, which condition stands for which pair, and i
 """
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,10 +38,11 @@ from typing import Any
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.decode_conditions import describe_emulation
-from benchmarks.decode_report import MOST_OVERRUNS
+from benchmarks.decode_report import MOST_OVERRUNS, edge_doubt
 from benchmarks.decode_rows import BASELINE, PEARL, SEQUENTIAL
 from benchmarks.pictures import read_result
 from benchmarks.portable import portable
+from benchmarks.result_file import finish, require_out
 from vllm_specbranch.compare import Difference
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.measure_messages import Emulation
@@ -175,8 +175,7 @@ def main(argv: Sequence[str] | None = None, write: Callable[[str], object] = sys
     """Write the table and the JSON; return 1 if something is not measured yet, 2 for words that cannot be used."""
     args = _parser().parse_args(argv)
     try:
-        if not args.out.absolute().parent.is_dir():
-            raise ConfigError(str(args.out), "a file in a folder that exists", "--out")
+        require_out(args.out)
         known = [one for path in args.results for one in measurements(path)]
     except ConfigError as error:
         sys.stderr.write(f"papers: {error}\n")
@@ -191,9 +190,8 @@ def main(argv: Sequence[str] | None = None, write: Callable[[str], object] = sys
         "pairs": [pair_as_json(pair, chosen[pair.name]) for pair in PAIRS],
         "missing": gaps,
     }
-    line = json.dumps(portable(result))
-    args.out.write_text(line + "\n")
-    write("\n\n".join([as_text(chosen, args.prompts), *gaps, line]) + "\n")
+    write("\n\n".join([as_text(chosen, args.prompts), *gaps]) + "\n\n")
+    finish(result, args.out, write)
     return 1 if gaps else 0
 
 
@@ -311,8 +309,7 @@ def doubts(one: Measurement) -> list[str]:
         found.append(f"token ids differ from plain, and not at a tie, in {', '.join(other)}")
     gammas = [num_draft_tokens(row) or 0 for row in one.condition["rows"] if row["group"] == SEQUENTIAL]
     best = num_draft_tokens(rows[SEQUENTIAL]) if SEQUENTIAL in rows else None
-    if best in (min(gammas, default=0), max(gammas, default=0)):
-        found.append(f"draft_model was best at the edge of the draft tokens tried, {best}: its real best may be beyond")
+    found += edge_doubt(best, gammas)
     return found
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.decode_report import MOST_OVERRUNS
 from vllm_specbranch.picture_style import (
     DRAFT_COLOUR,
     FAINT_COLOUR,
@@ -56,8 +57,17 @@ def draw_timeline(result: Result, condition: Mapping[str, Any], folder: Path) ->
         f"{condition['prompt_set']} prompt, batch {condition['batch_size']}, {times_are(condition, result['device'])}\n"
         "Blocks: forwards of a model. Lines: the end of a round, with the tokens that it adds. Right: tokens in this time"
     )
-    frame(figure, title, subtitle, condition, result)
+    frame(figure, title, subtitle, condition, result, overruns_note(condition["rows"]))
     return save(figure, folder / f"timeline-{condition_slug(condition)}.png")
+
+
+def overruns_note(rows: Sequence[Row]) -> str:
+    """What to say below a picture if too many emulated forwards took longer than they should have; nothing otherwise."""
+    worst = max(rows, key=lambda row: row["overrun_share"])
+    share = worst["overrun_share"]
+    if share <= MOST_OVERRUNS:
+        return ""
+    return f"Doubtful: up to {share:.0%} of the forwards took longer than emulated ({reader_name(worst)})"
 
 
 def _chosen(rows: Sequence[Row]) -> list[Row]:

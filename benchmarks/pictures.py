@@ -16,7 +16,7 @@ from typing import Any
 
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.picture_timeline import draw_timeline
+from benchmarks.picture_timeline import draw_timeline, overruns_note
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.picture_style import (
     DRAFT_COLOUR,
@@ -134,7 +134,7 @@ def draw_speed(result: Result, condition: Condition, folder: Path) -> Path:
         + f"\nBars: median of {len(rows[0]['samples'])} repetitions, whiskers: least and most, "
         "numbers: speed relative to plain vLLM [95% interval]"
     )
-    frame(figure, title, subtitle, condition, result)
+    frame(figure, title, subtitle, condition, result, overruns_note(condition["rows"]))
     return save(figure, folder / f"speed-{condition_slug(condition)}.png")
 
 
@@ -171,7 +171,7 @@ def draw_parts(result: Result, condition: Condition, folder: Path) -> Path | Non
     )  # fmt: skip
     title = f"Where the time of one token goes, batch {condition['batch_size']}"
     subtitle = f"{condition['prompt_set']} prompts, {times_are(condition, result['device'])}"
-    frame(figure, title, subtitle, condition, result)
+    frame(figure, title, subtitle, condition, result, overruns_note(condition["rows"]))
     return save(figure, folder / f"parts-{condition_slug(condition)}.png")
 
 
@@ -219,7 +219,8 @@ def draw_batches(result: Result, group: Sequence[Condition], folder: Path) -> Pa
         f"{group[0]['prompt_set']} prompts, {times_are(group[0], result['device'])}\n"
         "Above 1 is faster than plain vLLM. draft_model: its best number of draft tokens for each batch. Whiskers: 95% interval"
     )
-    frame(figure, title, subtitle, group[0], result)
+    rows = [row for condition in group for row in condition["rows"]]
+    frame(figure, title, subtitle, group[0], result, overruns_note(rows))
     return save(figure, folder / f"batches-{condition_slug(group[0], with_batch=False)}.png")
 
 
@@ -252,7 +253,7 @@ def draw_acceptance(result: Result, condition: Condition, folder: Path) -> Path 
         f"{condition['prompt_set']} prompts, {times_are(condition, result['device'])}\n"
         "A token counts as accepted only with all before it. Methods that cut chunks where the draft is unsure verify fewer tokens"
     )
-    frame(figure, title, subtitle, condition, result)
+    frame(figure, title, subtitle, condition, result, overruns_note(condition["rows"]))
     return save(figure, folder / f"acceptance-{condition_slug(condition)}.png")
 
 

@@ -26,6 +26,7 @@ COLOURS = {
     "ablations": "#86b3d1",
 }
 TARGET_COLOUR, DRAFT_COLOUR, TEXT_COLOUR, FAINT_COLOUR = "#0072b2", "#e69f00", "#222222", "#8a8a8a"
+DOUBT_COLOUR = "#b3002d"
 DPI = 150
 _NAMES = {"plain": "plain vLLM", "draft_model": "vLLM draft_model", "ngram": "vLLM ngram"}
 
@@ -113,8 +114,10 @@ def _touch(below: tuple[list[int], float], above: tuple[list[int], float], least
     return above[1] - below[1] < least * (len(below[0]) + len(above[0])) / 2
 
 
-def frame(figure: Any, title: str, subtitle: str, condition: Mapping[str, Any], result: Result) -> None:
-    """Title and subtitle above, where the numbers come from below."""
+def frame(
+    figure: Any, title: str, subtitle: str, condition: Mapping[str, Any], result: Result, doubt: str = ""
+) -> None:
+    """Title and subtitle above, where the numbers come from below, and a doubt about them after it."""
     if condition["emulation"] is not None:
         title += " (emulated)"
     height = figure.get_size_inches()[1]
@@ -125,6 +128,8 @@ def frame(figure: Any, title: str, subtitle: str, condition: Mapping[str, Any], 
     where = ", ".join(machine["gpus"]) or machine["cpu"]
     note = f"vLLM {versions['vllm']}, vllm-specbranch commit {commit}, {where}"
     figure.text(0.01, 0.06 / height, note, fontsize=7, color=FAINT_COLOUR, va="bottom")
+    if doubt:
+        figure.text(0.99, 0.06 / height, doubt, fontsize=8, color=DOUBT_COLOUR, va="bottom", ha="right")
 
 
 def margins(figure: Any, left_inches: float, right_inches: float, top_inches: float = 0.95) -> None:

@@ -6,8 +6,9 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
-from benchmarks.decode_report import as_text, measured_as_json, timeline
+from benchmarks.decode_report import as_text, doubts, edge_doubt, measured_as_json, timeline
 from benchmarks.decode_rows import rivals, steady_tokens_per_s
 from benchmarks.decode_times import model_times, overrun_share, step_parts
 from tests.decode_results import made_measured, made_row, made_run
@@ -166,6 +167,39 @@ def test_a_control_shows_what_a_run_can_tell() -> None:
 def test_cores_too_slow_for_an_emulation_are_said() -> None:
     assert "too slow for these durations" in as_text(made_measured(emulation=FAST))
     assert "too slow" not in as_text(made_measured(emulation=Emulation(100.0, 100.0)))
+
+
+@pytest.mark.parametrize(
+    ("best", "tried", "is_doubtful"),
+    [
+        (2, [2, 4, 8], True),
+        (4, [2, 4, 8], False),
+        (8, [2, 4, 8], True),
+        (1, [1, 2, 4], False),
+        (1, [1], True),
+        (None, [2], False),
+        (2, [], False),
+    ],
+)
+def test_the_best_at_the_edge_of_what_was_tried_is_doubtful(
+    best: int | None, tried: list[int], is_doubtful: bool
+) -> None:
+    assert bool(edge_doubt(best, tried)) == is_doubtful
+
+
+def test_doubts_of_both_rivals_are_said_apart() -> None:
+    measured = made_measured()
+    assert doubts(measured) == [] and "Doubt" not in as_text(measured)
+    for row in measured.rows:
+        if row.entry.group == "draft_model":
+            speculative = {"num_speculative_tokens": int(row.name.split()[1])}
+            row.entry.spec = replace(row.entry.spec, speculative=speculative)
+    narrow, wide = doubts(measured)
+    assert "edge of the draft tokens tried, 2" in narrow and narrow.endswith("(core 0; see --gammas)")
+    assert as_text(measured).count("Doubt: draft_model was best at the edge") == 2
+    measured.rows.insert(1, made_row("draft_model 1", [5.0, 5.0, 5.0], 1, 2, 1))
+    measured.rows[1].entry.spec = replace(measured.rows[1].entry.spec, speculative={"num_speculative_tokens": 1})
+    assert doubts(measured) == [wide] == measured_as_json(measured)["doubts"]
 
 
 def test_json_has_all_rows_with_their_samples() -> None:

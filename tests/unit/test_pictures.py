@@ -67,25 +67,43 @@ def test_every_picture_is_drawn(tmp_path: Path) -> None:
         assert width >= 1000 and height >= 500 and one.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("emulation", [None, FAST])
-def test_titles_say_what_is_emulated(
-    emulation: Emulation | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    titles: dict[str, str] = {}
+@pytest.fixture
+def titles(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What is written around each picture, by its kind; nothing is saved."""
+    found: dict[str, str] = {}
 
     def keep(figure: Any, path: Path) -> Path:
-        titles[path.name.split("-")[0]] = " ".join(text.get_text() for text in figure.texts)
+        found[path.name.split("-")[0]] = " ".join(text.get_text() for text in figure.texts)
         picture_style.plot().close(figure)
         return path
 
     for module in (pictures, picture_timeline):
         monkeypatch.setattr(module, "save", keep)
+    return found
+
+
+@pytest.mark.parametrize("emulation", [None, FAST])
+def test_titles_say_what_is_emulated(emulation: Emulation | None, tmp_path: Path, titles: dict[str, str]) -> None:
     pictures.draw_all(made_result((1, emulation), (4, emulation)), tmp_path)
     assert set(titles) == {"speed", "parts", "acceptance", "batches", "timeline"}
     for title in titles.values():
         assert ("(emulated)" in title) == ("emulated durations: target 20 ms" in title) == (emulation is not None)
         assert "real CPU cores" in title or emulation is not None
         assert "commit 0123456" in title and "a CPU" in title
+
+
+@pytest.mark.parametrize(("share", "said"), [(0.05, False), (0.06, True)])
+def test_every_picture_says_when_too_many_forwards_took_too_long(
+    share: float, said: bool, tmp_path: Path, titles: dict[str, str]
+) -> None:
+    result = made_result((1, FAST), (4, FAST))
+    for condition in result["conditions"]:
+        for row in condition["rows"]:
+            row["overrun_share"] = share if row["name"] == "pearl" else 0.0
+    pictures.draw_all(result, tmp_path)
+    assert len(titles) == 5
+    for title in titles.values():
+        assert ("Doubtful: up to 6% of the forwards took longer than emulated (pearl)" in title) == said
 
 
 def test_forwards_that_were_not_observed_make_no_timeline(tmp_path: Path) -> None:
