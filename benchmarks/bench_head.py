@@ -17,13 +17,10 @@ Owns what is run and the result file; `head_ablation_report` writes and draws. R
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,9 +28,9 @@ from benchmarks.decode_conditions import parse_emulation
 from benchmarks.decode_rows import steady_tokens_per_s
 from benchmarks.head_ablation_report import as_text, draw_ablation
 from benchmarks.head_classes import classes_along, load, record
-from benchmarks.portable import portable
 from benchmarks.replay import HOLDOUT, PROMPT_CHARACTERS
 from benchmarks.replay_engine import times_of
+from benchmarks.result_file import begin, finish, require_counts, say
 from vllm_specbranch import weaken
 from vllm_specbranch.errors import ConfigError, SpecBranchError
 from vllm_specbranch.length_head import load_head
@@ -108,22 +105,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Record, replay, run engines; write text, picture and JSON."""
-    if not args.out.absolute().parent.is_dir():
-        raise ConfigError(str(args.out), "a file in a folder that exists", "--out")
+    begin(args.out)
+    require_counts(
+        {"--num-prompts": args.num_prompts, "--max-tokens": args.max_tokens, "--engine-prompts": args.engine_prompts}
+    )
     emulation = parse_emulation(args.emulate, "--emulate")
     if emulation is None:
         raise ConfigError(args.emulate, "durations, which a replay needs", "--emulate")
     texts = [one.text[:PROMPT_CHARACTERS] for one in read_prompts(args.prompts, args.num_prompts)]
     origin = provenance(Path(__file__).parent)
     base = _lineup(args)
-    _write(f"Recording what the target says after {len(texts)} prompts ...\n")
+    say(f"Recording what the target says after {len(texts)} prompts ...\n")
     target = load(base.target)
     prompts = _encode(base.target, texts)
     recordings = record(target, prompts, args.max_tokens)
     pairs = []
     for pair in args.pairs or [Pair(0.0, head_path())]:
         head, spec = load_head(pair.head)
-        draft = weaken.cached(args.draft, pair.noise).out if pair.noise else str(args.draft)
+        draft = str(weaken.weakened(args.draft, pair.noise))
         study = Study.load(draft, args.dtype, recordings, enforce_eager=True)
         said = classes_along(target, spec.layers, head, recordings)
         lineup = dataclasses.replace(base, draft=draft)
@@ -146,12 +145,10 @@ def bench(args: argparse.Namespace) -> int:
         "emulation": emulation,
         "pairs": pairs,
     }
-    _write("\n" + as_text(result) + "\n\n")
-    line = json.dumps(portable(result), default=_plain)
-    args.out.write_text(line + "\n")
+    say("\n" + as_text(result) + "\n\n")
+    written = finish(result, args.out)
     if args.picture:
-        draw_ablation(json.loads(line), args.picture)
-    _write(line + "\n")
+        draw_ablation(written, args.picture)
     return 0 if all(row["is_lossless"] for pair in pairs for row in pair["engines"]) else 1
 
 
@@ -176,7 +173,7 @@ def replay_rows(study: Study, said: Sequence[Sequence[int]], gamma: int, emulati
     for variant in variants(EPSILONS):
         result = as_json(studies.get(variant.rule, study).run(variant.settings(gamma), times), plain)
         rows.append({**dataclasses.asdict(variant), **result})
-        _write(
+        say(
             f"  {variant.rule}, {variant.epsilon}: {result['speed_up']:.2f} times plain, rollback {result['rollback_rate']:.0%}, "
             f"hits {result['hit_rate']:.0%}\n"
         )
@@ -210,7 +207,7 @@ def engine_rows(
             run = engine.run(prompts, args.max_tokens, emulation=emulation)
         plain = plain or run
         rows.append(_engine_row(variant, run, plain))
-        _write(f"  engine, {spec.name}: {rows[-1]['tokens_per_s']:.1f} tokens/s\n")
+        say(f"  engine, {spec.name}: {rows[-1]['tokens_per_s']:.1f} tokens/s\n")
     return rows
 
 
@@ -243,16 +240,6 @@ def _lineup(args: argparse.Namespace) -> Lineup:
 
 
 # --- words ----------------------------------------------------------------------------------------------------------------
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
-
-
-def _plain(value: object) -> object:
-    """For JSON: what is no plain value of its own."""
-    return msgspec.to_builtins(value) if isinstance(value, Emulation) else str(value)
 
 
 def _pair(text: str) -> Pair:

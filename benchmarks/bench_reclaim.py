@@ -10,7 +10,6 @@ Runs offline:
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -19,8 +18,8 @@ from typing import Any
 
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.portable import portable
 from benchmarks.reclaim_virtual import WAYS, Load, VirtualScheduler, sweep
+from benchmarks.result_file import begin, finish, require_counts, say
 from vllm_specbranch.errors import ConfigError, SpecBranchError
 from vllm_specbranch.lineup import Lineup, place
 from vllm_specbranch.measure import running
@@ -75,8 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(args: argparse.Namespace) -> None:
     """Count without a model, run all engines, write tables and JSON."""
-    if not args.out.absolute().parent.is_dir():
-        raise ConfigError(str(args.out), "a file in a folder that exists", "--out")
+    begin(args.out)
+    options = {"--num-prompts": args.num_prompts, "--max-tokens": args.max_tokens, "--batch-size": args.batch_size}
+    require_counts({**options, "--gamma": args.gamma, "--block-size": args.block_size})
+    require_counts({"--repetitions": args.repetitions, "--seeds": args.seeds}, least=0)
     origin = provenance(Path(__file__).parent)
     lengths = tuple(20 + 37 * index % 161 for index in range(args.num_prompts))
     load = Load(lengths, args.max_tokens, args.gamma, args.block_size, args.batch_size, 0.0, args.pool_share)
@@ -93,12 +94,12 @@ def bench(args: argparse.Namespace) -> None:
             )
     virtual = list(sweep(VirtualScheduler(target_path(), draft_path()), loads, args.seeds)) if args.seeds else []
     if virtual:
-        _write(virtual_table(virtual) + "\n\n")
+        say(virtual_table(virtual) + "\n\n")
     rows = [row.figures() for row in measure(args, load)] if args.repetitions else []
     if rows:
-        _write(engine_table(rows) + "\n")
+        say(engine_table(rows) + "\n")
     result = {"schema_version": SCHEMA_VERSION, **origin, "options": vars(args), "num_blocks": load.num_blocks}
-    args.out.write_text(json.dumps(portable({**result, "virtual": virtual, "rows": rows})) + "\n")
+    finish({**result, "virtual": virtual, "rows": rows}, args.out)
 
 
 def measure(args: argparse.Namespace, load: Load) -> list[Row]:
@@ -119,7 +120,7 @@ def measure(args: argparse.Namespace, load: Load) -> list[Row]:
         Row(lineup.specbranch(args.gamma, "specbranch, cut only", reclaim_blocks=False, policy=args.policy)),
         Row(lineup.specbranch(args.gamma, "specbranch, reclaim_blocks", policy=args.policy)),
     ]
-    _write(f"Starting {len(rows)} engines with {load.num_blocks} blocks of {load.block_size} tokens each.\n")
+    say(f"Starting {len(rows)} engines with {load.num_blocks} blocks of {load.block_size} tokens each.\n")
     with running([row.spec for row in rows], at_once=2) as engines:
         texts = [prompt.text for prompt in read_prompts(PROMPTS)]
         known = engines[0].encode(texts)
@@ -131,7 +132,7 @@ def measure(args: argparse.Namespace, load: Load) -> list[Row]:
                 run = engine.run(prompts, num_new, args.batch_size)
                 if repetition:
                     row.runs.append(run)
-            _write(f"Repetition {repetition} of {args.repetitions} done.\n" if repetition else "Warm.\n")
+            say(f"Repetition {repetition} of {args.repetitions} done.\n" if repetition else "Warm.\n")
     return rows
 
 
@@ -187,11 +188,6 @@ def virtual_table(rows: Sequence[dict[str, Any]]) -> str:
             ]
         )
     return table(headers, lines)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,6 @@ there the machine's speed has no part in them. Owns what is run and its table. R
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from typing import Any
 
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.portable import portable
+from benchmarks.result_file import begin, finish, require_counts, say
 from vllm_specbranch.deepen import cached
 from vllm_specbranch.demo import EXTRA_LAYERS, MLP_SIZE
 from vllm_specbranch.errors import ConfigError, SpecBranchError
@@ -71,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(args: argparse.Namespace) -> None:
     """Run all rows, write table and JSON."""
-    if not args.out.absolute().parent.is_dir():
-        raise ConfigError(str(args.out), "a file in a folder that exists", "--out")
+    begin(args.out)
+    options = ("num_prompts", "max_tokens", "batch_size", "repetitions")
+    require_counts({"--" + name.replace("_", "-"): getattr(args, name) for name in options})
     prompts = read_prompts(default_prompts_path(), args.num_prompts)
     lineup = Lineup(
         target=str(cached(target_path(), EXTRA_LAYERS, MLP_SIZE).out),
@@ -92,7 +92,7 @@ def bench(args: argparse.Namespace) -> None:
         for method, fixed in kinds
     ]
     rows = {(kind, temperature): Row(*kind, temperature) for kind in kinds for temperature in TEMPERATURES}
-    _write(f"Starting {len(specs)} engines.\n")
+    say(f"Starting {len(specs)} engines.\n")
     with running(specs, at_once=2) as engines:
         token_ids = engines[0].encode([prompt.text for prompt in prompts])
         for repetition in range(args.repetitions + 1):
@@ -102,7 +102,7 @@ def bench(args: argparse.Namespace) -> None:
                     run = engine.run(token_ids, args.max_tokens, args.batch_size, temperature, seed)
                     if repetition:  # The first round is the warm-up.
                         rows[kind, temperature].runs.append(run)
-            _write(f"Repetition {repetition} of {args.repetitions} done.\n" if repetition else "Warm.\n")
+            say(f"Repetition {repetition} of {args.repetitions} done.\n" if repetition else "Warm.\n")
     result = {
         "schema_version": SCHEMA_VERSION,
         **origin,
@@ -113,8 +113,8 @@ def bench(args: argparse.Namespace) -> None:
             for row in rows.values()
         ],
     }
-    _write("\n" + as_table(result["rows"]) + "\n")
-    args.out.write_text(json.dumps(portable(result)) + "\n")
+    say("\n" + as_table(result["rows"]) + "\n")
+    finish(result, args.out)
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -143,11 +143,6 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
         "speed of deterministic",
     ]
     return table(headers, lines)
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -71,8 +71,10 @@ def require_counts(given: Mapping[str, int], least: int = 1) -> None:
             raise ConfigError(value, f"a whole number of at least {least}", option)
 
 
-def finish(result: Mapping[str, Any], out: Path, write: Write = say) -> None:
-    """Write the result to its file, and as the last line."""
+def finish(result: Mapping[str, Any], out: Path, write: Write = say) -> dict[str, Any]:
+    """Write the result to its file, and as the last line; return it as it was written."""
     line = json.dumps(portable(dict(result)))
     out.write_text(line + "\n")
     write(line + "\n")
+    written: dict[str, Any] = json.loads(line)
+    return written

@@ -17,6 +17,7 @@ from vllm_specbranch.draft_steps import Model
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.measure_messages import RunResult
+from vllm_specbranch.metrics import rates
 from vllm_specbranch.replay import Recording, Replayed, Times, replay
 from vllm_specbranch.replay_bounds import Agreement, agreement, best_sequential, every_outcome_guessed, sequential
 
@@ -156,9 +157,8 @@ class Study:
 
 def as_json(result: Replayed, plain: Replayed) -> dict[str, Any]:
     """All that a replay counted."""
-    hits, rounds = result.server.get("num_hits"), result.server.get("num_rounds")
-    kept = result.server.get("num_kept_tokens", 0)
-    rollback = result.server.get("num_rollback_tokens", 0)
+    # What was calculated, without a draft server, has no such rates.
+    shares = rates({}, result.server) if result.server else {}
     return {
         "speed_up": plain.time_s / result.time_s,
         "tokens_per_s": result.tokens_per_s,
@@ -168,8 +168,8 @@ def as_json(result: Replayed, plain: Replayed) -> dict[str, Any]:
         "num_tokens": result.num_tokens,
         "num_draft_tokens": result.num_draft_tokens,
         "num_accepted_tokens": result.num_accepted_tokens,
-        "hit_rate": hits / rounds if hits is not None and rounds else None,
-        "rollback_rate": rollback / (rollback + kept) if rollback + kept else None,
+        "hit_rate": shares.get("hit_rate"),
+        "rollback_rate": shares.get("rollback_rate"),
         "num_late_replies": result.num_late_replies,
         "time_s": result.time_s,
         "wait_s": result.wait_s,

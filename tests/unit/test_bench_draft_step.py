@@ -85,9 +85,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     tmp_path: Path,
     model: FakeModel,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("benchmarks.result_file.busy_warning", lambda *_: "")
     assert run(tmp_path, *words.split()) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line and not model.rows

@@ -147,9 +147,8 @@ def test_token_ids_are_compared_with_those_of_plain_vllm(
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
-    given: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    given: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("benchmarks.result_file.busy_warning", lambda *_: "")
     assert bench_parts.main(["--out", str(tmp_path / "out.json"), *given]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert said in line

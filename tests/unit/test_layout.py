@@ -123,7 +123,7 @@ ROOMS = {
     ),
     "replay_bounds": room("draft_model draft_steps kv_blocks replay"),
     "replay_study": room(
-        "config draft_memory draft_model draft_steps draft_work kv_blocks measure_messages replay replay_bounds",
+        "config draft_memory draft_model draft_steps draft_work kv_blocks measure_messages metrics replay replay_bounds",
         "torch",
     ),
     "report": room("measure_messages metrics"),
