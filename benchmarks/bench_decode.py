@@ -22,7 +22,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -33,7 +33,7 @@ from benchmarks.decode_conditions import Condition, PromptSet, conditions, cut_p
 from benchmarks.decode_options import parse_words
 from benchmarks.decode_report import Measured, as_text, measured_as_json
 from benchmarks.decode_rows import WIDE, Entry, Row, entries
-from benchmarks.portable import portable
+from benchmarks.result_file import Write, begin, finish, say
 from vllm_specbranch import deepen, weaken
 from vllm_specbranch.compare import GapOf, first_differences, transformers_gaps, with_gaps
 from vllm_specbranch.errors import ConfigError, SpecBranchError
@@ -54,13 +54,11 @@ LEAST_KV_CACHE_BYTES = 128 << 20
 # Blocks that are only partly filled, and what vLLM keeps for itself.
 KV_CACHE_MARGIN = 1.25
 
-Write = Callable[[str], object]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; return 1 if a token id differs other than at a tie, 2 for words that cannot be used."""
     try:
-        return bench(parse_words(argv), _write)
+        return bench(parse_words(argv), say)
     except SpecBranchError as error:
         sys.stderr.write(f"bench_decode: {error}\n")
         return 2 if isinstance(error, ConfigError) else 1
@@ -68,8 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def bench(args: argparse.Namespace, write: Write) -> int:
     """Run all rows under all conditions, write tables and JSON."""
-    if not args.out.absolute().parent.is_dir():
-        raise ConfigError(str(args.out), "a file in a folder that exists", "--out")
+    begin(args.out)
     most_tokens = args.max_model_len - args.max_tokens
     if args.prompt_tokens > most_tokens:
         allowed = f"at most {most_tokens} (see --max-model-len, --max-tokens)"
@@ -103,9 +100,7 @@ def bench(args: argparse.Namespace, write: Write) -> int:
         "conditions": [measured_as_json(one) for one in measured],
     }
     write("\n" + "\n\n\n".join(map(as_text, measured)) + "\n")
-    line = json.dumps(portable(result))
-    args.out.write_text(line + "\n")
-    write(line + "\n")
+    finish(result, args.out, write)
     return 0 if all(difference.is_tie for one in measured for row in one.rows for difference in row.differences) else 1
 
 
@@ -117,8 +112,7 @@ def make_lineup(args: argparse.Namespace) -> Lineup:
         raise ConfigError("a duration", "none where vLLM runs on GPUs: emulation is for CPUs", "--emulate")
     if args.target_layers or args.target_mlp:
         target = Path(deepen.cached(target, args.target_layers, args.target_mlp or None).out)
-    if args.draft_noise:
-        draft = Path(weaken.cached(draft, args.draft_noise, args.seed).out)
+    draft = weaken.weakened(draft, args.draft_noise, args.seed)
     if args.draft_layers or args.draft_mlp:
         draft = Path(deepen.cached(draft, args.draft_layers, args.draft_mlp or None).out)
     num_tokens = max(args.batch_sizes) * (args.prompt_tokens + args.max_tokens)
@@ -250,11 +244,6 @@ class _Progress:
             if engine.is_ready and engine.spec.name not in self._told:
                 self._told.add(engine.spec.name)
                 self._write(f"  {engine.spec.name}: ready after {engine.facts['load_s']:.0f} s\n")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

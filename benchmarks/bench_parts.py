@@ -217,6 +217,7 @@ def _line(case: Case, row: Row, whole: Row, emulation: Emulation, seed: int) -> 
         "step_ms": parts.step_ms,
         "target_ms": parts.target_ms,
         "wait_ms": parts.draft_wait_ms,
+        "messages_ms": parts.messages_ms,
         "propose_ms": parts.propose_ms,
         "rest_ms": parts.rest_ms,
         "num_overruns": sum(run.num_overruns for run in row.runs),
@@ -228,9 +229,9 @@ def _line(case: Case, row: Row, whole: Row, emulation: Emulation, seed: int) -> 
 
 def as_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """One line per case: its speed relative to the whole, and where a step goes."""
-    headers = ["", "predicted", "measured", "95%", "hits", "rollback", "step ms", "target", "wait", "proposer", "rest"]
-    headers += ["overruns", "token ids"]
-    parts = ("step_ms", "target_ms", "wait_ms", "propose_ms", "rest_ms")
+    headers = ["", "predicted", "measured", "95%", "hits", "rollback", "step ms", "target", "wait"]
+    headers += ["messages", "proposer", "rest", "overruns", "token ids"]
+    parts = ("step_ms", "target_ms", "wait_ms", "messages_ms", "propose_ms", "rest_ms")
     return table(
         headers,
         [

@@ -115,7 +115,16 @@ def speed_table(measured: Measured) -> str:
 
 def parts_table(measured: Measured) -> str:
     """Where the time of an engine step went, and what the draft server did meanwhile."""
-    headers = ["", "step", "target forward", "waiting for drafts", "proposer", "rest of vLLM", "draft model busy"]
+    headers = [
+        "",
+        "step",
+        "target forward",
+        "waiting for drafts",
+        "messages",
+        "proposer",
+        "rest of vLLM",
+        "draft model busy",
+    ]
     headers += ["draft steps per round", "rows per step", "late replies", "server lost"]
     lines = []
     for row in measured.rows:
@@ -127,6 +136,7 @@ def parts_table(measured: Measured) -> str:
                 number(one.step_ms),
                 number(one.target_ms),
                 number(one.draft_wait_ms),
+                number(one.messages_ms),
                 number(one.propose_ms),
                 number(one.rest_ms),
                 percent(one.draft_busy),
@@ -148,6 +158,7 @@ def times_note(times: ModelTimes) -> str:
     ]
     for what, found in (
         ("Target forward by tokens", times.target_ms_by_tokens),
+        ("Target forward by tokens, beside a draft server", times.target_ms_by_tokens_beside_draft),
         ("Draft step by rows", times.draft_ms_by_rows),
     ):
         if found:

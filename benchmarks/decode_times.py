@@ -31,7 +31,9 @@ class ModelTimes:
         draft_forward_ms: median forward of the draft model in such steps; None if forwards were not observed.
         c: `target_round_ms / draft_step_ms`.
         c_of_forwards: `target_forward_ms / draft_forward_ms`.
-        target_ms_by_tokens: median forward of the target by its query tokens, over all rows with the target's cores.
+        target_ms_by_tokens: median forward of the target by its query tokens, over all rows with the target's cores and no draft
+            server beside them.
+        target_ms_by_tokens_beside_draft: the same over all rows with one, which on one machine slows the target down.
         draft_ms_by_rows: median step of the draft server by its rows, over all rows with one.
     """
 
@@ -42,6 +44,7 @@ class ModelTimes:
     c: float | None
     c_of_forwards: float | None
     target_ms_by_tokens: dict[int, float]
+    target_ms_by_tokens_beside_draft: dict[int, float]
     draft_ms_by_rows: dict[int, float]
 
 
@@ -51,7 +54,8 @@ class StepParts:
 
     Attributes:
         target_ms: forwards of the target, prefills included.
-        draft_wait_ms: what the engine waits for drafts; for draft_model the draft's forwards themselves.
+        draft_wait_ms: what the engine waits for drafts, less messages; for draft_model the draft's forwards themselves.
+        messages_ms: of the engine's wait for drafts, what messages were on their way.
         propose_ms: the proposer's own work.
         rest_ms: scheduling, sampling, detokenisation, and whatever above is not known.
         draft_busy: share of the whole time in which the draft model computed, for whichever outcome.
@@ -60,6 +64,7 @@ class StepParts:
     step_ms: float
     target_ms: float | None
     draft_wait_ms: float | None
+    messages_ms: float | None
     propose_ms: float | None
     rest_ms: float
     draft_busy: float | None
@@ -71,7 +76,11 @@ def model_times(rows: Sequence[Row], batch_size: int) -> ModelTimes:
     times = [request.output_times_s for run in baseline.runs for request in run.requests]
     round_ms = 1e3 * percentile((later - earlier for one in times for earlier, later in pairwise(one)), 0.5)
     alone = [row for row in rows if not row.entry.is_wide]
-    target = medians_ms(run.target_forwards for row in alone for run in row.runs)
+    # Apart: in one line what a draft server costs the target would look like a price of further tokens.
+    target, beside = (
+        medians_ms(run.target_forwards for row in alone if row.entry.is_ours == is_ours for run in row.runs)
+        for is_ours in (False, True)
+    )
     draft = medians_ms(run.draft_forwards for row in alone if row.entry.is_ours for run in row.runs)
     forward_ms = medians_ms(run.target_forwards for run in baseline.runs).get(batch_size)
     step_ms, draft_forward_ms = _draft_step_ms(rows, batch_size), _draft_forward_ms(rows, batch_size)
@@ -83,6 +92,7 @@ def model_times(rows: Sequence[Row], batch_size: int) -> ModelTimes:
         c=round_ms / step_ms if step_ms else None,
         c_of_forwards=forward_ms / draft_forward_ms if draft_forward_ms and forward_ms else None,
         target_ms_by_tokens=target,
+        target_ms_by_tokens_beside_draft=beside,
         draft_ms_by_rows=draft,
     )
 
@@ -93,8 +103,10 @@ def step_parts(row: Row) -> StepParts:
     per_step = 1e3 / run.num_steps if run.num_steps else math.nan
     target_s, draft_s = _total_s(run.target_forwards), _total_s(run.draft_forwards)
     wait_s = draft_s if row.entry.group == SEQUENTIAL else run.engine_counters.get("wait_s")
-    propose_s = run.engine_counters.get("propose_s")
-    known_s = sum(one for one in (target_s, wait_s, propose_s) if one is not None)
+    messages_s, propose_s = (run.engine_counters.get(name) for name in ("messages_s", "propose_s"))
+    if wait_s is not None and messages_s is not None:
+        wait_s -= messages_s
+    known_s = sum(one for one in (target_s, wait_s, messages_s, propose_s) if one is not None)
 
     def each_ms(seconds: float | None) -> float | None:
         return None if seconds is None else per_step * seconds
@@ -103,6 +115,7 @@ def step_parts(row: Row) -> StepParts:
         step_ms=per_step * run.wall_s,
         target_ms=each_ms(target_s),
         draft_wait_ms=each_ms(wait_s),
+        messages_ms=each_ms(messages_s),
         propose_ms=each_ms(propose_s),
         rest_ms=per_step * (run.wall_s - known_s),
         draft_busy=None if draft_s is None else draft_s / run.wall_s,

@@ -44,6 +44,7 @@ LEAST_VERIFIED = 20
 PARTS = (
     ("target_ms", "target forward", TARGET_COLOUR),
     ("draft_wait_ms", "waiting for the draft", DRAFT_COLOUR),
+    ("messages_ms", "messages", "#cc79a7"),
     ("propose_ms", "proposer", "#d55e00"),
     ("rest_ms", "rest of vLLM", "#c4c4c4"),
 )
@@ -152,7 +153,7 @@ def draw_parts(result: Result, condition: Condition, folder: Path) -> Path | Non
         steps_per_token = whole["num_steps"] / whole["num_tokens"]
         left = 0.0
         for key, _, shade in PARTS:
-            width = (row["step_parts"][key] or 0.0) * steps_per_token
+            width = (row["step_parts"].get(key) or 0.0) * steps_per_token
             axes.barh(y, width, 0.68, left=left, color=shade, edgecolor="white", linewidth=0.6)
             left += width
         axes.text(

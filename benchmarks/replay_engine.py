@@ -148,7 +148,8 @@ def split_time(
     """Where a round of an observed engine goes, beside the replay with the same times.
 
     Times are means over the rounds of steady decoding in all repetitions; those of waits and of the proposer over all rounds, as
-    their counters know no prefill. Shares are medians over repetitions.
+    their counters know no prefill. Waits are for the draft server at work, of which `server_handling_ms` at most are not draft
+    steps; what messages were on their way is apart. Shares are medians over repetitions.
 
     Args:
         runs: one per repetition.
@@ -158,9 +159,11 @@ def split_time(
     """
     num_forwards = sum(len(run.target_forwards) for run in runs)
     round_ms, forward_ms = _round_and_forward_ms(runs, batch_size * (1 + NUM_SPECULATIVE_TOKENS))
-    wait_ms, propose_ms = (
-        1e3 * sum(run.engine_counters[counter] for run in runs) / num_forwards for counter in ("wait_s", "propose_s")
+    wait_ms, messages_ms, propose_ms = (
+        1e3 * sum(run.engine_counters[counter] for run in runs) / num_forwards
+        for counter in ("wait_s", "messages_s", "propose_s")
     )
+    handling_ms = 1e-3 * sum(run.server_counters["handling_us"] for run in runs) / num_forwards
     hits, rounds = (sum(run.server_counters[counter] for run in runs) for counter in ("num_hits", "num_rounds"))
     speeds = [steady_tokens_per_s(run, batch_size) for run in runs]
     num_observed = sum(len(run.target_forwards) + len(run.draft_forwards) for run in runs)
@@ -171,7 +174,9 @@ def split_time(
         "round_ms": round_ms,
         "replay_round_ms": 1e3 * replayed.time_s / replayed.num_forwards,
         "target_forward_ms": forward_ms,
-        "wait_ms": wait_ms,
+        "wait_ms": wait_ms - messages_ms,
+        "messages_ms": messages_ms,
+        "server_handling_ms": handling_ms,
         "replay_wait_ms": 1e3 * replayed.wait_s / replayed.num_forwards,
         "propose_ms": propose_ms,
         "rest_ms": round_ms - forward_ms - wait_ms - propose_ms,

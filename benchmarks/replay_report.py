@@ -73,9 +73,9 @@ def engine_text(check: Mapping[str, Any]) -> str:
         parts.append(
             f"{one['name']}: {number(one['round_ms'])} ms per round; {number(one['replay_round_ms'])} ms in a replay with "
             f"the same times: target forward {number(one['target_forward_ms'])}, waiting for drafts {number(one['wait_ms'])}, "
-            f"proposer {number(one['propose_ms'])}, rest of vLLM {number(one['rest_ms'])} ms. "
-            f"Rounds {number(one['num_rounds'], 0)}, in the replay {one['replay_rounds']}; "
-            f"{_share(one['share_of_oracle'])} of the replay's speed, "
+            f"messages {number(one['messages_ms'])}, proposer {number(one['propose_ms'])}, "
+            f"rest of vLLM {number(one['rest_ms'])} ms. Rounds {number(one['num_rounds'], 0)}, "
+            f"in the replay {one['replay_rounds']}; {_share(one['share_of_oracle'])} of the replay's speed, "
             f"{_share(one['share_of_oracle_in_vllm'])} with what vLLM adds to a plain forward "
             f"({number(check['around_plain_forwards_ms'])} ms). {number(100 * one['overrun_share'], 1)}% of its forwards overran."
         )

@@ -31,7 +31,8 @@ def made_run(
         for time in times
         for step in range(draft_steps)
     ]
-    counters = {"wait_s": wall_s / 10, "propose_s": wall_s / 20, "num_commit_batches": 4.0, "num_reply_timeouts": 1.0}
+    counters = {"wait_s": wall_s / 10, "messages_s": wall_s / 50, "propose_s": wall_s / 20}
+    counters |= {"num_commit_batches": 4.0, "num_reply_timeouts": 1.0}
     accepted = tokens_per_round - 1
     return RunResult(
         wall_s,

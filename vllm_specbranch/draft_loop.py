@@ -51,12 +51,12 @@ def serve(server: DraftServer, endpoint: ServerEndpoint, on_hang: Callable[[], N
         on_hang: called when a forward does not end.
     """
     if not server.takes_messages_in_flight:
-        _serve_by_turns(server, endpoint)
+        _serve_by_turns(server, _Post(server, endpoint))
         return
     forwards = _Forwards(server)
     with contextlib.closing(forwards), ThreadPoolExecutor(1, "server") as pool:
         endpoint.watch(forwards.done_fd)
-        served = pool.submit(_serve_in_flight, server, endpoint, forwards, on_hang)
+        served = pool.submit(_serve_in_flight, server, _Post(server, endpoint), forwards, on_hang)
         forwards.run()
         served.result()
 
@@ -104,17 +104,15 @@ class _Forwards:
         os.close(self.done_fd)
 
 
-def _serve_in_flight(
-    server: DraftServer, endpoint: ServerEndpoint, forwards: _Forwards, on_hang: Callable[[], None]
-) -> None:
+def _serve_in_flight(server: DraftServer, post: "_Post", forwards: _Forwards, on_hang: Callable[[], None]) -> None:
     """The server thread."""
     try:
         while not server.is_stopping:
             batch = server.begin_step()
             if batch is None:
                 # A reply that still waits is looked at again soon, even when nothing could be fed for want of blocks.
-                _send(server, endpoint, server.replies_due())
-                _take_in(server, endpoint, 0.0 if server.has_pending else IDLE_WAIT_MS)
+                post.send(server.replies_due())
+                post.take_in(0.0 if server.has_pending else IDLE_WAIT_MS)
                 continue
             forwards.start(batch)
             hangs_at_s = time.monotonic() + LONGEST_FORWARD_S
@@ -124,43 +122,64 @@ def _serve_in_flight(
                 if time.monotonic() > hangs_at_s:
                     on_hang()
                     return
-                _take_in(server, endpoint, server.longest_pause_ms(IDLE_WAIT_MS))
+                post.take_in(server.longest_pause_ms(IDLE_WAIT_MS))
                 # What waits to grow is answered when its time is over, whatever the forward does.
-                _send(server, endpoint, server.replies_due())
-            _send(server, endpoint, server.finish_step(batch, candidates))
-            _take_in(server, endpoint, 0.0)
+                post.send(server.replies_due())
+            post.send(server.finish_step(batch, candidates))
+            post.take_in(0.0)
     finally:
         forwards.stop()
 
 
-def _serve_by_turns(server: DraftServer, endpoint: ServerEndpoint) -> None:
+def _serve_by_turns(server: DraftServer, post: "_Post") -> None:
     """One thread: messages between draft steps only, for servers whose drafts must not depend on when a message comes."""
     worked = False
     while not server.is_stopping:
-        _take_in(server, endpoint, 0.0 if worked else IDLE_WAIT_MS)
+        post.take_in(0.0 if worked else IDLE_WAIT_MS)
         replies, worked = server.step()
-        _send(server, endpoint, replies)
+        post.send(replies)
 
 
-def _take_in(server: DraftServer, endpoint: ServerEndpoint, wait_ms: float) -> None:
-    """Handle the messages that have arrived, after waiting for the first; answer at once what can be."""
-    for index in range(MOST_MESSAGES):
-        received = endpoint.recv(0.0 if index else wait_ms)
-        if received is None:
-            return
-        peer, message = received
-        try:
-            replies = server.handle(peer, message)
-        except WireError as error:
-            replies = [(peer, server.refuse(error))]
-        _send(server, endpoint, replies)
+class _Post:
+    """What comes in and what goes out, and how long the engines wait for it in between."""
+
+    def __init__(self, server: DraftServer, endpoint: ServerEndpoint) -> None:
+        self._server = server
+        self._endpoint = endpoint
+        # By engine: when the commit batch was taken in that has no reply yet.
+        self._taken_s: dict[bytes, float] = {}
+
+    def take_in(self, wait_ms: float) -> None:
+        """Handle the messages that have arrived, after waiting for the first; answer at once what can be."""
+        for index in range(MOST_MESSAGES):
+            received = self._endpoint.recv(0.0 if index else wait_ms)
+            if received is None:
+                return
+            peer, message = received
+            is_batch = isinstance(message, messages.CommitBatch)
+            taken_s = time.perf_counter()
+            if is_batch:
+                self._taken_s[peer] = taken_s
+            try:
+                replies = self._server.handle(peer, message)
+            except WireError as error:
+                replies = [(peer, self._server.refuse(error))]
+                self._taken_s.pop(peer, None)
+            if is_batch:
+                self._server.counters.handling_us += _us_since(taken_s)
+            self.send(replies)
+
+    def send(self, replies: Iterable[Reply]) -> None:
+        """Send replies; on those that end a round rides how the server stands."""
+        for peer, reply in replies:
+            if isinstance(reply, messages.DraftBatch) and reply.is_final:
+                if (taken_s := self._taken_s.pop(peer, None)) is not None:
+                    self._server.counters.answer_us += _us_since(taken_s)
+                self._server.counters.num_malformed_messages = self._endpoint.num_dropped
+                self._server.counters.num_flood_messages = self._endpoint.num_refused
+                reply = msgspec.structs.replace(reply, report=self._server.report(peer))
+            self._endpoint.send(peer, reply)
 
 
-def _send(server: DraftServer, endpoint: ServerEndpoint, replies: Iterable[Reply]) -> None:
-    """Send replies; on those that end a round rides how the server stands."""
-    for peer, reply in replies:
-        if isinstance(reply, messages.DraftBatch) and reply.is_final:
-            server.counters.num_malformed_messages = endpoint.num_dropped
-            server.counters.num_flood_messages = endpoint.num_refused
-            reply = msgspec.structs.replace(reply, report=server.report(peer))
-        endpoint.send(peer, reply)
+def _us_since(started_s: float) -> int:
+    return round(1e6 * (time.perf_counter() - started_s))

@@ -3,8 +3,8 @@
 Owns what the proposer measures of its own engine, and what follows from that: the reply timeout, and the `Pace` that the draft
 server weighs costs by. Pure arithmetic. Runs in the target's worker (output rank).
 
-    begin_step ---- forward, sampling ---- propose (commits go out) ---- outputs are queued ---- take_draft_token_ids
-    |<------------- step_us ------------->|                       |<-------- slack_us -------->|
+    begin_step ---- forward, sampling ---- propose (commits go out) ---- outputs are queued ---- take_draft_token_ids .. reply
+    |<------------- step_us ------------->|                       |<-------- slack_us -------->|<------- waited ------->|
 """
 
 from vllm_specbranch.config import MAX_AUTO_REPLY_TIMEOUT_MS
@@ -30,6 +30,8 @@ class EnginePace:
         self._step_s = 0.0
         self._last_sampled_s: float | None = None
         self._sent_s: float | None = None
+        self._went_s = 0.0
+        self._answer_us = 0
         self._slack_s: float | None = None
         self.round_s = 0.0
 
@@ -48,7 +50,7 @@ class EnginePace:
 
     def sent(self, now_s: float) -> None:
         """Its commits have gone out."""
-        self._sent_s = now_s
+        self._sent_s = self._went_s = now_s
 
     def looked(self, now_s: float) -> None:
         """It looks for the reply."""
@@ -56,6 +58,20 @@ class EnginePace:
             return
         slack_s, self._sent_s = now_s - self._sent_s, None
         self._slack_s = slack_s if self._slack_s is None else self._slack_s + MEAN_WEIGHT * (slack_s - self._slack_s)
+
+    def answered(self, now_s: float, waited_s: float, answer_us: int) -> float:
+        """The reply has come. Returns how much of the wait for it was messages on their way, not the server at work, in seconds.
+
+        Args:
+            waited_s: from the look for it until now; before that, messages kept nobody waiting.
+            answer_us: how long the server took from each commit batch to its reply, summed over its life. With those of other
+                engines among them, or of replies that came too late, too little is returned.
+        """
+        took_us = answer_us - self._answer_us
+        self._answer_us = answer_us
+        # A server that was started anew counts from 0.
+        took_s = (took_us if took_us >= 0 else answer_us) / 1e6
+        return max(0.0, min(waited_s, now_s - self._went_s - took_s))
 
     @property
     def message(self) -> Pace | None:

@@ -28,7 +28,11 @@ def _as_dict(counters: Any) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class DraftServerCounters:
-    """What a draft server counts."""
+    """What a draft server counts.
+
+    `answer_us` is the time from a commit batch taken in until its reply went out, `handling_us` the part of it in which the batch
+    was handled; the rest is draft steps that the reply waited for. Both are of all engines together.
+    """
 
     num_rounds: int = 0
     num_hits: int = 0
@@ -52,6 +56,8 @@ class DraftServerCounters:
     num_expired_requests: int = 0
     num_malformed_messages: int = 0
     num_flood_messages: int = 0
+    answer_us: int = 0
+    handling_us: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Name to value, in the order above."""
@@ -63,7 +69,8 @@ class EngineCounters:
     """What the proposer and the scorer count, in the target's worker.
 
     `num_sampled_draft_tokens` are draft tokens verified against the distribution they were drawn from, `num_sampled_outcomes` the
-    committed tokens that such a verification decided, `num_head_classes_0` to `_2` what the length head said after a round.
+    committed tokens that such a verification decided, `num_head_classes_0` to `_2` what the length head said after a round. Of
+    `wait_s`, `messages_s` is what messages were on their way, and not what the draft server took to answer.
     """
 
     num_rounds: int = 0
@@ -83,6 +90,7 @@ class EngineCounters:
     num_breaker_openings: int = 0
     wait_s: float = 0.0
     longest_wait_s: float = 0.0
+    messages_s: float = 0.0
     propose_s: float = 0.0
     num_head_classes_0: int = 0
     num_head_classes_1: int = 0
@@ -165,8 +173,12 @@ class Metric:
         return self.suffix.endswith("_total")
 
 
-# What vLLM publishes itself: `vllm:spec_decode_num_draft_tokens_total`, `vllm:num_preemptions_total` and so on.
-UNPUBLISHED = frozenset({"engine.num_draft_tokens", "engine.num_accepted_tokens", "scheduler.num_preemptions"})
+# What vLLM publishes itself, as `vllm:spec_decode_num_draft_tokens_total`, `vllm:num_preemptions_total` and so on; and the parts of
+# a wait, which benchmarks read.
+UNPUBLISHED = frozenset(
+    {"engine.num_draft_tokens", "engine.num_accepted_tokens", "scheduler.num_preemptions"}
+    | {"engine.messages_s", "server.answer_us", "server.handling_us"}
+)
 
 _DESCRIBED = (
     Metric("server.num_rounds", "rounds_total", "Outcomes of verification that the draft server took in."),

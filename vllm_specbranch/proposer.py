@@ -278,7 +278,8 @@ class Proposer:
             reply = self._link.receive_patiently(self._round)
         else:
             reply = self._link.receive(self._round, self._pace.reply_timeout_ms)
-        waited_s = time.perf_counter() - started_s
+        finished_s = time.perf_counter()
+        waited_s = finished_s - started_s
         self.counters.wait_s += waited_s
         self.counters.longest_wait_s = max(self.counters.longest_wait_s, waited_s)
         expected, self._expected = self._expected, {}
@@ -286,6 +287,9 @@ class Proposer:
             return None
         self.counters.num_replies += 1
         self._report = reply.report
+        if reply.report is not None:
+            answer_us = reply.report.counters.get("answer_us", 0)
+            self.counters.messages_s += self._pace.answered(finished_s, waited_s, answer_us)
         self._known.difference_update(reply.unknown)
         drafts = SampledDraftTokenIds([], [])
         for draft in reply.drafts:

@@ -105,8 +105,8 @@ def observed_run(round_ms: float, num_rounds: int = 10, prefill_ms: float = 100.
         times[-1],
         num_rounds + 1,
         [trace],
-        engine_counters={"wait_s": 0.022, "propose_s": 0.011},
-        server_counters={**counted(10, 5)},
+        engine_counters={"wait_s": 0.022, "messages_s": 0.0055, "propose_s": 0.011},
+        server_counters={**counted(10, 5), "handling_us": 3300},
         target_forwards=[Forward(0.0, prefill_ms / 1e3, 100), *(Forward(one, one + 0.02, 3) for one in starts)],
         num_overruns=1,
     )
@@ -117,8 +117,9 @@ def test_the_time_of_a_round_is_split() -> None:
     bare = Replayed(num_forwards=8, time_s=0.2, steady_s=0.2, num_steady_tokens=20, server=counted(8, 4))
     in_vllm = Replayed(num_forwards=8, time_s=0.3, steady_s=0.27, num_steady_tokens=20, server=counted(8, 4))
     split = split_time("pearl", runs, bare, in_vllm)
-    parts = [split[name] for name in ("target_forward_ms", "wait_ms", "propose_ms", "rest_ms")]
-    assert parts == pytest.approx([20.0, 2.0, 1.0, 100 / 3 - 23.0]) and split["round_ms"] == pytest.approx(100 / 3)
+    names = ("target_forward_ms", "wait_ms", "messages_ms", "propose_ms", "rest_ms")
+    assert [split[name] for name in names] == pytest.approx([20.0, 1.5, 0.5, 1.0, 100 / 3 - 23.0])
+    assert split["server_handling_ms"] == pytest.approx(0.3) and split["round_ms"] == pytest.approx(100 / 3)
     share = split["share_of_oracle"]
     assert share["samples"] == pytest.approx([2 / 3, 1 / 2, 2 / 3]) and share["median"] == pytest.approx(2 / 3)
     assert share["interval"] == pytest.approx((1 / 2, 2 / 3))
@@ -127,7 +128,10 @@ def test_the_time_of_a_round_is_split() -> None:
     around_ms = around_forwards_ms(runs[:1], 3)
     assert around_ms == pytest.approx(10.0)
     text = engine_text({"deterministic": [], "observed": [split], "around_plain_forwards_ms": around_ms})
-    assert "rest of vLLM 10.33" in text and "67% [50%..67%] of the replay's speed" in text
+    assert (
+        "waiting for drafts 1.50, messages 0.50, proposer 1.00, rest of vLLM 10.33" in text
+        and "67% [50%..67%] of the replay's speed" in text
+    )
     assert "90% [68%..90%] with what vLLM adds to a plain forward (10.00 ms)" in text and "9.1%" in text
 
 

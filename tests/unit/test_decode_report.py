@@ -62,13 +62,25 @@ def test_model_times_come_from_the_baseline_and_from_pearl() -> None:
     assert without.draft_forward_ms is None and without.c_of_forwards is None
 
 
+def test_what_a_draft_server_costs_the_target_is_no_price_of_tokens() -> None:
+    measured = made_measured()
+    alone = measured.times().target_ms_by_tokens
+    for row in measured.rows:
+        if row.entry.is_ours:
+            slow = [Forward(float(start), start + 0.5, 1) for start in range(10)]
+            row.runs = [replace(run, target_forwards=slow) for run in row.runs]
+    times = measured.times()
+    assert times.target_ms_by_tokens == alone and times.target_ms_by_tokens_beside_draft == {1: pytest.approx(500.0)}
+    assert "beside a draft server: 1: 500.00 ms" in as_text(measured)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_parts_of_a_step_add_up(batch_size: int) -> None:
     for row in made_measured(batch_size).rows:
         one = step_parts(row)
-        parts = [part or 0.0 for part in (one.target_ms, one.draft_wait_ms, one.propose_ms)]
+        parts = [part or 0.0 for part in (one.target_ms, one.draft_wait_ms, one.messages_ms, one.propose_ms)]
         assert sum(parts) + one.rest_ms == pytest.approx(one.step_ms)
-        assert (one.propose_ms is not None) == row.entry.is_ours
+        assert (one.propose_ms is not None) == (one.messages_ms is not None) == row.entry.is_ours
 
 
 def test_a_disturbed_repetition_moves_no_part_of_a_step() -> None:
@@ -84,7 +96,8 @@ def test_draft_model_waits_for_its_own_draft() -> None:
     assert step_parts(sequential).draft_busy == pytest.approx(0.5)
     waited = step_parts(sequential).draft_wait_ms
     assert waited is not None and waited == pytest.approx(step_parts(sequential).step_ms / 2)
-    assert step_parts(ours).draft_wait_ms == pytest.approx(step_parts(ours).step_ms / 10)
+    assert step_parts(ours).draft_wait_ms == pytest.approx(step_parts(ours).step_ms * (1 / 10 - 1 / 50))
+    assert step_parts(ours).messages_ms == pytest.approx(step_parts(ours).step_ms / 50)
 
 
 def test_overruns_are_a_share_of_all_forwards_but_prefills() -> None:

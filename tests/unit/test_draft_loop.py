@@ -229,3 +229,36 @@ def test_every_reply_says_how_the_server_stands(ends: tuple[ClientChannel, Serve
     client.send(messages.StepBegin([], ["a", "b"]))
     client.send(messages.Shutdown())
     thread.join(TIMEOUT_MS / 1e3)
+
+
+def test_how_long_an_answer_took_rides_on_it(ends: tuple[ClientChannel, ServerEndpoint]) -> None:
+    """From when the batch was taken in until the forward that it waits for is over; taking it in is a small part of that."""
+    client, endpoint = ends
+    model = GatedModel()
+    server, thread = served(model, endpoint, policy="specbranch", stop_rule="none", on_miss="wait:1")
+    client.send(messages.Hello("s", 50, 500, False, None))
+    assert isinstance(client.recv(TIMEOUT_MS), messages.Ready)
+    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    assert model.begun.acquire(timeout=TIMEOUT_MS / 1e3)
+    sent_s = time.perf_counter()
+    client.send(messages.CommitBatch(1, 5000.0, [messages.Commit("a", 3, [49], 0, None)], None))
+    until_s = time.monotonic() + TIMEOUT_MS / 1e3
+    while not server.counters.num_rounds and time.monotonic() < until_s:
+        time.sleep(0.001)
+    taken_s = time.perf_counter()
+    time.sleep(0.02)
+    released_s = time.perf_counter()
+    model.may_end.release(1000)
+    reply = client.recv(TIMEOUT_MS)
+    came_s = time.perf_counter()
+    assert isinstance(reply, messages.DraftBatch) and reply.report is not None and reply.drafts[0].tokens
+    took_us, handling_us = (reply.report.counters[name] for name in ("answer_us", "handling_us"))
+    assert released_s - taken_s <= took_us / 1e6 <= came_s - sent_s
+    assert 0 < handling_us < took_us
+    client.send(messages.CommitBatch(2, 0.0, [messages.Commit("nobody", 3, [1], 0, None)], None))
+    again = client.recv(TIMEOUT_MS)
+    assert isinstance(again, messages.DraftBatch) and again.report is not None
+    assert took_us < again.report.counters["answer_us"], "it is a sum"
+    client.send(messages.Shutdown())
+    thread.join(TIMEOUT_MS / 1e3)
+    assert not thread.is_alive()

@@ -48,3 +48,32 @@ def test_a_look_without_commits_is_no_slack() -> None:
     pace.sampled(200.01)
     assert pace.message is not None
     assert pace.message.slack_us == pytest.approx(2000)
+
+
+def answered(pace: EnginePace, sent_s: float, looked_s: float, now_s: float, answer_us: int) -> float:
+    pace.begin(sent_s, 2)
+    pace.sampled(sent_s)
+    pace.sent(sent_s)
+    pace.looked(looked_s)
+    return pace.answered(now_s, now_s - looked_s, answer_us)
+
+
+def test_messages_are_what_the_server_did_not_take() -> None:
+    pace = EnginePace(None)
+    # 4 ms there and back, of which the server worked 3.4.
+    assert answered(pace, 1.0, 1.001, 1.004, 3400) == pytest.approx(0.0006)
+    # The counter is a sum: 1.5 ms this time, and half a millisecond of waiting is all that was messages.
+    assert answered(pace, 2.0, 2.0015, 2.002, 4900) == pytest.approx(0.0005)
+
+
+def test_messages_that_kept_nobody_waiting_do_not_count() -> None:
+    pace = EnginePace(None)
+    assert answered(pace, 1.0, 1.01, 1.010002, 300) == pytest.approx(2e-6)
+    # More than the time there and back: an engine beside this one, or a reply that came too late.
+    assert answered(pace, 2.0, 2.001, 2.002, 9_000) == 0.0
+
+
+def test_a_server_that_was_started_anew_counts_from_nothing() -> None:
+    pace = EnginePace(None)
+    answered(pace, 1.0, 1.001, 1.004, 3400)
+    assert answered(pace, 2.0, 2.0, 2.002, 1500) == pytest.approx(0.0005)
