@@ -98,7 +98,9 @@ def bench(args: argparse.Namespace) -> None:
     if rows:
         _write(engine_table(rows) + "\n")
     result = {"schema_version": SCHEMA_VERSION, **origin, "options": vars(args), "num_blocks": load.num_blocks}
-    args.out.write_text(json.dumps(portable({**result, "virtual": virtual, "rows": rows})) + "\n")
+    line = json.dumps(portable({**result, "virtual": virtual, "rows": rows})) + "\n"
+    args.out.write_text(line)
+    _write("\n" + line)
 
 
 def measure(args: argparse.Namespace, load: Load) -> list[Row]:
