@@ -101,6 +101,7 @@ class Replayed:
         time_s: virtual time from the first forward to the end of the last.
         wait_s: of that, time in which the target waited for drafts.
         num_late_replies: that came after the reply timeout, so that the round went on without drafts.
+        finished_s: virtual time at which each request ended, in the order of their ends.
         server: the draft server's counters; empty for a calculated row.
     """
 
@@ -113,6 +114,7 @@ class Replayed:
     time_s: float = 0.0
     wait_s: float = 0.0
     num_late_replies: int = 0
+    finished_s: list[float] = field(default_factory=list)
     server: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -342,6 +344,7 @@ class _Engine:
         self._server.handle(messages.CommitBatch(self._round, max_wait_ms, commits, self._pace.message))
         self._pace.sent(self.now_s)
         self._closes = [request.name for request in self._running if request.is_finished]
+        result.finished_s += [self.now_s] * len(self._closes)
         self._running = [request for request in self._running if not request.is_finished]
 
     def _collect(self) -> None:
