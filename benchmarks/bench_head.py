@@ -51,8 +51,8 @@ SCHEMA_VERSION = 1
 # The first is the one that the round model of `train-head` chose for both shipped pairs.
 EPSILONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 # Of the rows of `online`, and how often their prompts come round.
-ONLINE_EPSILONS = (0.1, 0.3, 0.5)
-NUM_PASSES = 8
+ONLINE_EPSILONS = (0.1, 0.5)
+NUM_PASSES = 6
 # Of the engine rows.
 ENGINE_EPSILONS = (0.1, 0.5)
 NONE, CONFIDENCE, HEAD, HYBRID, KNOWN, PEARL = "none", "confidence", "head", "hybrid", "known", "pearl"
@@ -118,6 +118,7 @@ def bench(args: argparse.Namespace) -> int:
     emulation = parse_emulation(args.emulate, "--emulate")
     if emulation is None:
         raise ConfigError(args.emulate, "durations, which a replay needs", "--emulate")
+    pairs = _earlier(args.after, emulation) if args.after else []
     texts = [one.text[:PROMPT_CHARACTERS] for one in read_prompts(args.prompts, args.num_prompts)]
     origin = provenance(Path(__file__).parent)
     base = _lineup(args)
@@ -125,7 +126,6 @@ def bench(args: argparse.Namespace) -> int:
     target = load(base.target)
     prompts = _encode(base.target, texts)
     recordings = record(target, prompts, args.max_tokens)
-    pairs = []
     for pair in args.pairs or [Pair(0.0, head_path())]:
         head, spec = load_head(pair.head)
         draft = weaken.cached(args.draft, pair.noise).out if pair.noise else str(args.draft)
@@ -159,6 +159,22 @@ def bench(args: argparse.Namespace) -> int:
         draw_ablation(json.loads(line), args.picture)
     _write(line + "\n")
     return 0 if all(row["is_lossless"] for pair in pairs for row in pair["engines"]) else 1
+
+
+def _earlier(path: Path, emulation: Emulation) -> list[dict[str, Any]]:
+    """The pairs of an earlier result.
+
+    Raises:
+        ConfigError: it cannot be read, or is of other durations.
+    """
+    try:
+        found = json.loads(path.read_text())
+        if found["emulation"] != msgspec.to_builtins(emulation):
+            raise ConfigError(str(path), "a result of the same durations", "--after")
+        pairs: list[dict[str, Any]] = found["pairs"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(str(path), f"a result of this benchmark ({error})", "--after") from error
+    return pairs
 
 
 def _encode(target: str, texts: Sequence[str]) -> list[list[int]]:
@@ -320,6 +336,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"noise on the draft's weights, and the head for that pair; again for more (poorly aligned: {weaken.WEAK_NOISE}; "
         "without this option: the shipped pair with its head)",
     )
+    add("--after", type=Path, help="an earlier result with the same words for other pairs, which come first")
     add("--prompts", type=Path, default=HOLDOUT, help="file of prompts; the first 400 characters of each are used")
     add("--num-prompts", type=int, default=24, help="use the first so many")
     add("--max-tokens", type=int, default=96, help="new tokens per prompt")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from benchmarks.head_transfer import Learned
 from tests.made_rounds import made_rounds
 from tests.unit.test_bench_replay import study
 from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.head_data import save_rounds
 from vllm_specbranch.head_report import HEAD as HEAD_NAME
 from vllm_specbranch.head_report import ONE, SAVED, Predictions, by_temperature, figures
@@ -101,7 +103,23 @@ def test_words_and_picture(tmp_path: Path) -> None:
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-@pytest.mark.parametrize("words", [["--emulate", "none"], ["--out", "missing/x.json"], ["--prompts", "missing.txt"]])
+def test_pairs_of_an_earlier_result_are_of_the_same_durations(tmp_path: Path) -> None:
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps({"emulation": msgspec.to_builtins(Emulation(20.0, 4.0)), "pairs": [{"noise": 0.0}]}))
+    assert bench_head._earlier(path, Emulation(20.0, 4.0)) == [{"noise": 0.0}]
+    with pytest.raises(ConfigError, match="same durations"):
+        bench_head._earlier(path, Emulation(20.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--emulate", "none"],
+        ["--out", "missing/x.json"],
+        ["--prompts", "missing.txt"],
+        ["--after", "missing.json"],
+    ],
+)
 def test_mistakes_exit_with_2(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench_head.main(["--out", str(tmp_path / "x.json"), *words]) == 2
     assert capsys.readouterr().err.startswith("bench_head: ")
