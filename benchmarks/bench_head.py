@@ -138,7 +138,6 @@ def bench(args: argparse.Namespace) -> int:
             {
                 "noise": pair.noise,
                 "gamma": spec.gamma,
-                "validation": dict(spec.validation),
                 "replays": rows,
                 "online": online_rows(study, spec.gamma, emulation),
                 "engines": engines,
