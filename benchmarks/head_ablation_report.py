@@ -137,7 +137,7 @@ def draw_ablation(result: Mapping[str, Any], path: Path) -> Path:
     grid[1][0].set_ylim(bottom=0)
     grid[2][0].set_ylim(0, 100)
     grid[0][0].set_ylabel("tokens per second")
-    grid[1][0].set_ylabel("rollback tokens per generated token")
+    grid[1][0].set_ylabel("rollback tokens per token")
     grid[2][0].set_ylabel("hits, % of rounds")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
@@ -165,5 +165,5 @@ def _draw_line(axes: Any, rows: Sequence[Row], values: Sequence[float], name: st
     elif rows:
         # Two of them may lie on each other: the wide one shows below the dots of the other.
         is_wide = rows[0]["rule"] == "none"
-        style, width = ("-", 3.6) if is_wide else (":", 1.6)
-        axes.axhline(values[0], color=colour, label=name, linestyle=style, linewidth=width, zorder=1 if is_wide else 2)
+        style, width, alpha, zorder = ("-", 4.0, 0.4, 1) if is_wide else (":", 1.6, 1.0, 2)
+        axes.axhline(values[0], color=colour, label=name, linestyle=style, linewidth=width, alpha=alpha, zorder=zorder)
