@@ -1,8 +1,8 @@
 """A report of `train-head` from before figures were told by temperature, in the form of today; nothing is measured or trained anew.
 
-What follows from its counts is worked out again: the head as saved beside its likeliest class, and for all rounds together the rules
-on confidence with the thresholds of each temperature, whose counts of right rounds add up. What would need the rounds themselves
-(intervals over prompts of these sums) is left out. The result says so under `derived`.
+What follows from its counts is worked out again: the head as saved beside its likeliest class, and for all rounds together the
+rules on confidence with the thresholds of each temperature, whose counts of right rounds add up. What would need the rounds
+themselves (intervals over prompts of these sums) is left out. The result says so under `derived`.
 
     python benchmarks/head_derived.py OLD.json --out head.json
 """
