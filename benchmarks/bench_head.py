@@ -168,11 +168,11 @@ def _earlier(path: Path, emulation: Emulation) -> list[dict[str, Any]]:
     """
     try:
         found = json.loads(path.read_text())
-        if found["emulation"] != msgspec.to_builtins(emulation):
-            raise ConfigError(str(path), "a result of the same durations", "--after")
-        pairs: list[dict[str, Any]] = found["pairs"]
-    except (OSError, ValueError, KeyError) as error:
+        durations, pairs = found["emulation"], list(found["pairs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(str(path), f"a result of this benchmark ({error})", "--after") from error
+    if durations != msgspec.to_builtins(emulation):
+        raise ConfigError(str(path), "a result of the same durations", "--after")
     return pairs
 
 

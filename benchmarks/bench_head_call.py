@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def measure(folder: Path, num_blocks: int) -> dict[str, Any]:
     blocks: dict[int, list[float]] = {size: [] for size in BATCH_SIZES}
     for _ in range(num_blocks + 1):
         for size, features in inputs.items():
-            blocks[size].append(_mean_ms(lambda features=features: head.classes(features), CALLS_PER_BLOCK))
+            blocks[size].append(_mean_ms(partial(head.classes, features), CALLS_PER_BLOCK))
     left, right = (torch.randn(LARGE, LARGE, generator=generator) for _ in range(2))
     rate = 2 * LARGE**3 / min(_mean_ms(lambda: left @ right, 1) for _ in range(10))
     first, second = HIDDEN_SIZES
