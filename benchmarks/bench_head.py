@@ -1,11 +1,12 @@
 """What the length head is worth: none, confidence alone, head alone, and both, over the confidence threshold.
 
 All rows are policy `specbranch` with the same chunk length; `pearl` stands beside them, and a head that is always right, which
-is the most that any head could bring. Two parts, in one run, on the same prompts:
+is the most that any head could bring. Three parts, in one run, on the same prompts:
 
   - the whole sweep by replay: transformers record what the target says, the real draft server with the real draft model drafts
-  for it in
-    virtual time (`vllm_specbranch.replay`), and the head's classes come along;
+    for it in virtual time (`vllm_specbranch.replay`), and the head's classes come along;
+  - the head that is learned while serving (`length_head: online`) by replay, against confidence alone: the prompts come round
+    again and again, and what follows the first half of that is its speed once it has learned;
   - a few rows on real engines, their forwards stretched to the same durations (with `--engine`).
 
 Both pairs: the draft as it is, and one made weaker by noise; each needs a head of its own (`vllm-specbranch train-head`).
@@ -44,7 +45,11 @@ from vllm_specbranch.replay_study import Study, as_json
 from vllm_specbranch.shipped_pair import draft_path, head_path, target_path
 
 SCHEMA_VERSION = 1
-EPSILONS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+# The first is the one that the round model of `train-head` chose for both shipped pairs.
+EPSILONS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+# Of the rows of `online`, and how often their prompts come round.
+ONLINE_EPSILONS = (0.1, 0.5)
+NUM_PASSES = 6
 # Of the engine rows.
 ENGINE_EPSILONS = (0.1, 0.5)
 NONE, CONFIDENCE, HEAD, HYBRID, KNOWN, PEARL = "none", "confidence", "head", "hybrid", "known", "pearl"
@@ -112,6 +117,7 @@ def bench(args: argparse.Namespace) -> int:
     emulation = parse_emulation(args.emulate, "--emulate")
     if emulation is None:
         raise ConfigError(args.emulate, "durations, which a replay needs", "--emulate")
+    pairs = _earlier(args.after, emulation) if args.after else []
     texts = [one.text[:PROMPT_CHARACTERS] for one in read_prompts(args.prompts, args.num_prompts)]
     origin = provenance(Path(__file__).parent)
     base = _lineup(args)
@@ -119,7 +125,6 @@ def bench(args: argparse.Namespace) -> int:
     target = load(base.target)
     prompts = _encode(base.target, texts)
     recordings = record(target, prompts, args.max_tokens)
-    pairs = []
     for pair in args.pairs or [Pair(0.0, head_path())]:
         head, spec = load_head(pair.head)
         draft = str(weaken.weakened(args.draft, pair.noise))
@@ -132,8 +137,8 @@ def bench(args: argparse.Namespace) -> int:
             {
                 "noise": pair.noise,
                 "gamma": spec.gamma,
-                "validation": dict(spec.validation),
                 "replays": rows,
+                "online": online_rows(study, spec.gamma, emulation),
                 "engines": engines,
             }
         )
@@ -150,6 +155,22 @@ def bench(args: argparse.Namespace) -> int:
     if args.picture:
         draw_ablation(written, args.picture)
     return 0 if all(row["is_lossless"] for pair in pairs for row in pair["engines"]) else 1
+
+
+def _earlier(path: Path, emulation: Emulation) -> list[dict[str, Any]]:
+    """The pairs of an earlier result.
+
+    Raises:
+        ConfigError: it cannot be read, or is of other durations.
+    """
+    try:
+        found = json.loads(path.read_text())
+        durations, pairs = found["emulation"], list(found["pairs"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(str(path), f"a result of this benchmark ({error})", "--after") from error
+    if durations != msgspec.to_builtins(emulation):
+        raise ConfigError(str(path), "a result of the same durations", "--after")
+    return pairs
 
 
 def _encode(target: str, texts: Sequence[str]) -> list[list[int]]:
@@ -178,6 +199,37 @@ def replay_rows(study: Study, said: Sequence[Sequence[int]], gamma: int, emulati
             f"hits {result['hit_rate']:.0%}\n"
         )
     return rows
+
+
+def online_rows(study: Study, gamma: int, emulation: Emulation) -> list[dict[str, Any]]:
+    """`length_head: online` against confidence alone, both over the same prompts many times, as JSON.
+
+    Returns:
+        Per threshold and half of the passes: tokens/s of both, and their ratio.
+    """
+    times, long = times_of(emulation), study.repeated(NUM_PASSES)
+    half = len(long.recordings) // 2
+    num_tokens = sum(one.num_tokens for one in long.recordings[:half])
+    rows = []
+    for epsilon in ONLINE_EPSILONS:
+        settings = Variant(CONFIDENCE, epsilon).settings(gamma)
+        ours, without = (long.run(settings | more, times) for more in ({"length_head": "online"}, {}))
+        row: dict[str, Any] = {"epsilon": epsilon, "num_passes": NUM_PASSES, "num_rounds": ours.num_rounds}
+        for name, start, end in (("first_half", 0, half), ("second_half", half, 2 * half)):
+            speeds = [num_tokens / _duration_s(one.finished_s, start, end) for one in (ours, without)]
+            row[name] = {
+                "tokens_per_s": speeds[0],
+                "confidence_tokens_per_s": speeds[1],
+                "ratio": speeds[0] / speeds[1],
+            }
+        rows.append(row)
+        _write(f"  online, {epsilon}: {row['second_half']['ratio']:.3f} times confidence alone once it has learned\n")
+    return rows
+
+
+def _duration_s(finished_s: Sequence[float], start: int, end: int) -> float:
+    """From the end of request `start - 1` to that of request `end - 1`."""
+    return finished_s[end - 1] - (finished_s[start - 1] if start else 0.0)
 
 
 def engine_rows(
@@ -270,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"noise on the draft's weights, and the head for that pair; again for more (poorly aligned: {weaken.WEAK_NOISE}; "
         "without this option: the shipped pair with its head)",
     )
+    add("--after", type=Path, help="an earlier result with the same words for other pairs, which come first")
     add("--prompts", type=Path, default=HOLDOUT, help="file of prompts; the first 400 characters of each are used")
     add("--num-prompts", type=int, default=24, help="use the first so many")
     add("--max-tokens", type=int, default=96, help="new tokens per prompt")

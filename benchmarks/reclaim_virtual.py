@@ -74,7 +74,7 @@ class VirtualScheduler:
                 chunk = output.scheduled_spec_decode_tokens.get(name, [])
                 num_accepted = next((n for n in range(len(chunk)) if rng.random() >= load.acceptance), len(chunk))
                 sampled.append([] if scheduler.requests[name].is_prefill_chunk else [*chunk[:num_accepted], 1])
-                counted.update(num_draft_tokens=len(chunk), num_accepted_tokens=num_accepted)
+                counted.update(num_verified_tokens=len(chunk), num_accepted_tokens=num_accepted)
             places = {name: place for place, name in enumerate(names)}
             scheduler.update_from_output(output, ModelRunnerOutput(names, places, sampled_token_ids=sampled))
             running = [request.request_id for request in scheduler.running]
@@ -93,7 +93,8 @@ class VirtualScheduler:
 
         class Uncut(SpecBranchScheduler):
             def _make_room(self) -> None:
-                """Schedule as vLLM's own does, with our counters."""
+                """Blocks are taken back if they may be; chunks stay whole, whatever room there is for them."""
+                self._reclaimer.make_room(self.running)
 
         logging.disable(logging.WARNING)
         config = EngineArgs(
@@ -120,7 +121,7 @@ class VirtualScheduler:
 
 
 def sweep(scheduler: VirtualScheduler, loads: Sequence[Load], num_seeds: int) -> Iterator[dict[str, Any]]:
-    """Yield per load and way the means over the seeds."""
+    """Yield per load and way the load itself, and the means over the seeds of what was counted."""
     for load in loads:
         for way in WAYS:
             total: Counter[str] = Counter()
@@ -128,4 +129,5 @@ def sweep(scheduler: VirtualScheduler, loads: Sequence[Load], num_seeds: int) ->
                 total.update(scheduler.run(load, way, seed))
             means = {name: value / num_seeds for name, value in total.items()}
             facts = {name: value for name, value in asdict(load).items() if name != "prompt_lengths"}
+            assert not facts.keys() & means.keys(), "a count has the name of a fact of the load"
             yield {**facts, "num_requests": len(load.prompt_lengths), "way": way, **means}

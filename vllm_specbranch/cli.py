@@ -105,6 +105,7 @@ def _train_head(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         num_epochs=args.epochs,
         c=args.c,
+        miss_cost=args.miss_cost,
         **_engine_settings(args),
         seed=args.seed,
     )
@@ -375,7 +376,14 @@ def _add_train_head(train: argparse.ArgumentParser) -> None:
         type=_between(0.1, 1000.0),
         default=5.0,
         metavar="C",
-        help="draft steps that a round of the target takes, for the verdict; tune tells it (default 5)",
+        help="draft steps that a round of the target takes, for the verdict and what the head says; tune tells it (default 5)",
+    )
+    add(
+        "--miss-cost",
+        type=_between(0.0, 1000.0),
+        default=2.0,
+        metavar="N",
+        help="draft steps that a round takes longer after a wrong guess, for the same; c or more for on_miss go (default 2)",
     )
     add("--dtype", choices=_DTYPES, default="auto", help="of both models (default: what the models say)")
     add("--seed", type=_at_least(0), default=0, metavar="N", help="of sampling, split and training (default 0)")

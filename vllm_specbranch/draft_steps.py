@@ -185,7 +185,7 @@ class DraftSteps:
     def _select(self) -> list[Work]:
         """The rows of the next draft step, after making room for them."""
         work = self._wanted()
-        if not self._is_pressed or self.kv.num_free > self.kv.num_blocks // 4:
+        if self.kv.num_free > self.kv.num_blocks // 4:
             self._is_pressed = False
         while work and self._num_new_blocks(work) > self.kv.num_free:
             self._is_pressed = True

@@ -4,6 +4,7 @@ Owns the look at the head's files and at what the target's class can do. Does no
 (`config`). Runs in the frontend processes, and where a head is trained (`known_identity`).
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_check import DraftModelSpec
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.length_head import load_head, model_identity, target_layers
+
+logger = logging.getLogger("vllm.specbranch.head_check")
 
 
 def feature_layers(settings: SpecBranchConfig, target: Any, draft: DraftModelSpec) -> tuple[int, ...]:
@@ -42,13 +45,26 @@ def feature_layers(settings: SpecBranchConfig, target: Any, draft: DraftModelSpe
     if settings.head_layers not in (None, spec.num_layers):
         raise ConfigError(settings.head_layers, f"unset, or {spec.num_layers} as in the length head", "head_layers")
     _check_target(target, settings.trained_head, "length_head")
+    identities = {
+        "target": known_identity(target.model, target.revision),
+        "draft": known_identity(draft.model, draft.revision),
+    }
+    for role, trained_for in (("target", spec.target_identity), ("draft", spec.draft_identity)):
+        if None in (trained_for, identities[role]):
+            # Sizes alone would let a head of another pair pass.
+            logger.warning(
+                "The length head %s: not checked whether it was trained for this %s model, because %s.",
+                settings.trained_head,
+                role,
+                "it does not say for which" if trained_for is None else "that is not on this machine yet",
+            )
     spec.check_fits(
         settings.trained_head,
         hidden_size=target.get_hidden_size(),
         num_target_layers=num_target_layers,
         gamma=settings.num_speculative_tokens,
-        target_identity=known_identity(target.model, target.revision),
-        draft_identity=known_identity(draft.model, draft.revision),
+        target_identity=identities["target"],
+        draft_identity=identities["draft"],
     )
     return spec.layers
 

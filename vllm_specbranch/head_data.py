@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from vllm_specbranch.errors import ConfigError
@@ -29,7 +29,7 @@ class Rounds:
     """Rounds of verification whose chunk had its full length (gamma tokens, uncut), so that what the target said is a label.
 
     Attributes:
-        features: `[n, num_features]` the target's, after the round before (see `head_features`).
+        features: `[n, num_features]` the target's, in its own dtype, after the round before (see `head_features`).
         top_probs: `[n, gamma] float32`, the draft's top probability where each token of the chunk was drawn.
         accepted: `[n] int64`, how many of the chunk's tokens were accepted, 0..gamma.
         prompts: `[n] int64`, index of the prompt.
@@ -59,22 +59,17 @@ class Rounds:
         """`[n] int64`: 0 where nothing was accepted, 2 where all was, else 1."""
         return labels_of(self.accepted, self.gamma)
 
-    def select(self, which: torch.Tensor) -> "Rounds":
+    def select(self, which: torch.Tensor | slice) -> "Rounds":
         """Some of them.
 
         Args:
-            which: `[n] bool`, or indices.
+            which: `[n] bool`, or indices; a slice copies nothing.
         """
         return Rounds(**{name: getattr(self, name)[which] for name in _NAMES})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """By name, as a shard holds them."""
         return {name: getattr(self, name).contiguous() for name in _NAMES}
-
-    @classmethod
-    def join(cls, parts: Sequence["Rounds"]) -> "Rounds":
-        """All of them, in order; at least one part."""
-        return cls(**{name: torch.cat([getattr(one, name) for one in parts]) for name in _NAMES})
 
 
 _NAMES = tuple(one.name for one in fields(Rounds))
@@ -151,9 +146,12 @@ class Shards:
         return _shard(self.folder, index)
 
     def num_rounds(self, index: int) -> int | None:
-        """How many rounds a shard holds; None if it is not there, or cannot be read (it is then made again)."""
-        rounds = _read(self.path(index))
-        return None if rounds is None else len(rounds)
+        """How many rounds a shard holds, by its header; None if it is not there, or cannot be read (it is then made again)."""
+        return _num_rounds(self.path(index))
+
+    def remove(self, index: int) -> None:
+        """Take a shard away, if it is there: it is made again."""
+        self.path(index).unlink(missing_ok=True)
 
     def load(self) -> Rounds:
         """All rounds; see `read_rounds`."""
@@ -163,31 +161,44 @@ class Shards:
 def read_rounds(folder: Path) -> Rounds:
     """All rounds of a folder's shards, up to the first that is missing or cannot be read.
 
+    They are read one shard after the other into their place: features of a large target are gigabytes.
+
     Raises:
         ConfigError: there are none.
     """
-    found = []
-    for index in count():
-        rounds = _read(_shard(folder, index))
-        if rounds is None:
-            break
-        if len(rounds):
-            found.append(rounds)
-    if not found:
+    counts: list[int] = []
+    while (found := _num_rounds(_shard(folder, len(counts)))) is not None:
+        counts.append(found)
+    if not sum(counts):
         raise ConfigError(str(folder), "a folder with rounds to train on: longer or more prompts", "--prompts")
-    return Rounds.join(found)
+    whole: dict[str, torch.Tensor] = {}
+    start = 0
+    for index, num_rounds in enumerate(counts):
+        if not num_rounds:
+            continue
+        for name, tensor in load_file(_shard(folder, index)).items():
+            if name not in whole:
+                whole[name] = torch.empty((sum(counts), *tensor.shape[1:]), dtype=tensor.dtype)
+            whole[name][start : start + num_rounds] = tensor
+        start += num_rounds
+    return Rounds(**whole)
 
 
 def _shard(folder: Path, index: int) -> Path:
     return folder / f"rounds-{index:05d}.safetensors"
 
 
-def _read(path: Path) -> Rounds | None:
+def _num_rounds(path: Path) -> int | None:
+    """As `Shards.num_rounds`."""
     if not path.is_file():
         return None
     try:
-        return Rounds(**load_file(path))
-    except (SafetensorError, TypeError):
+        with safe_open(path, framework="pt") as file:
+            if set(file.keys()) != set(_NAMES):
+                return None
+            num_rounds: int = file.get_slice("accepted").get_shape()[0]
+            return num_rounds
+    except SafetensorError:
         return None
 
 

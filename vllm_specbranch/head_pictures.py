@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specbranch.head_report import CLASS_NAMES, HEAD, MAJORITY, ONE, TWO
+from vllm_specbranch.head_report import CLASS_NAMES, HEAD, MAJORITY, ONE, SAVED, TWO
 from vllm_specbranch.picture_style import DRAFT_COLOUR, FAINT_COLOUR, TARGET_COLOUR, plot, save
 
 _OTHER_COLOUR = "#86b3d1"
-_COLOURS = {MAJORITY: FAINT_COLOUR, ONE: DRAFT_COLOUR, TWO: DRAFT_COLOUR, HEAD: TARGET_COLOUR}
+_COLOURS = {MAJORITY: FAINT_COLOUR, ONE: DRAFT_COLOUR, TWO: DRAFT_COLOUR, HEAD: TARGET_COLOUR, SAVED: TARGET_COLOUR}
 
 
 def draw_report(found: Mapping[str, Any], path: Path, subtitle: str = "") -> Path:
@@ -26,28 +26,28 @@ def draw_report(found: Mapping[str, Any], path: Path, subtitle: str = "") -> Pat
     groups = found["groups"]
     kinds = [name for name in groups if name != "all" or len(groups) == 2]
     pyplot = plot()
-    figure = pyplot.figure(figsize=(10.5, 1.6 + 3.2 * len(kinds)))
+    figure = pyplot.figure(figsize=(14.5, 1.6 + 3.2 * len(kinds)))
     grid = figure.add_gridspec(
         len(kinds),
-        3,
-        left=0.09,
-        right=0.97,
+        4,
+        left=0.06,
+        right=0.975,
         top=1 - 1.25 / figure.get_size_inches()[1],
         bottom=0.75 / (1.6 + 3.2 * len(kinds)),
-        width_ratios=(1, 1, 1.25),
-        wspace=0.5,
+        width_ratios=(1, 1, 1, 1.9),
+        wspace=0.55,
         hspace=0.6,
     )
     for line, name in enumerate(kinds):
         group = groups[name]
         best = max((ONE, TWO), key=lambda rule: group["accuracy"][rule])
-        for column, rule in enumerate((HEAD, best)):
+        for column, rule in enumerate((HEAD, SAVED, best)):
             axes = figure.add_subplot(grid[line, column])
             _draw_confusion(axes, group["confusion"][rule])
             axes.set_title(
                 f"{rule[0].upper()}{rule[1:]}\n{name} rounds: {group['accuracy'][rule]:.1%} right", fontsize=9.5
             )
-        _draw_accuracies(figure.add_subplot(grid[line, 2]), group)
+        _draw_accuracies(figure.add_subplot(grid[line, 3]), group)
     height = figure.get_size_inches()[1]
     figure.text(
         0.01, 1 - 0.12 / height, "How far will the next draft be accepted?", fontsize=13, fontweight="bold", va="top"
@@ -98,11 +98,11 @@ def _draw_accuracies(axes: Any, group: Mapping[str, Any]) -> None:
     for place, rule in enumerate(rules):
         value = group["accuracy"][rule]
         axes.barh(place, value, 0.66, color=_COLOURS.get(rule, _OTHER_COLOUR))
-        weight = "bold" if rule == HEAD else "normal"
-        axes.text(0.995, place, f"{value:.1%}", va="center", ha="right", fontsize=8.5, fontweight=weight)
-        axes.text(0.012, place, rule, va="center", fontsize=8, color="white" if rule == HEAD else "#222222")
+        weight = "bold" if rule in (HEAD, SAVED) else "normal"
+        axes.text(value + 0.01, place, f"{value:.1%}", va="center", fontsize=8.5, fontweight=weight)
     axes.axvline(group["accuracy"][MAJORITY], color=FAINT_COLOUR, linewidth=0.9, linestyle=":", zorder=3)
-    axes.set_yticks([])
+    axes.set_yticks(range(len(rules)), rules, fontsize=8)
+    axes.tick_params(axis="y", length=0)
     axes.set_ylim(len(rules) - 0.5, -0.6)
     axes.set_xlim(0, 1)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0", "25%", "50%", "75%", "100%"])

@@ -39,10 +39,12 @@ class RoundRecorder:
 
     Args:
         gamma: draft tokens of a full chunk.
+        dtype: of the target, in which features are kept: they were of it, so nothing is lost.
     """
 
-    def __init__(self, gamma: int) -> None:
+    def __init__(self, gamma: int, dtype: torch.dtype = torch.float32) -> None:
         self._gamma = gamma
+        self._dtype = dtype
         self._open: dict[str, _Open] = {}
         self._rows: list[_Row] = []
 
@@ -69,7 +71,7 @@ class RoundRecorder:
             features: `[n, num_features]`.
             num_verified: `[n]` draft tokens that this step verified.
         """
-        kept = features.detach().to("cpu", copy=True)
+        kept = features.detach().to("cpu", self._dtype, copy=True)
         for name, position, row, verified in zip(request_ids, num_tokens, kept, num_verified, strict=True):
             before = self._open.get(name)
             if before is not None and before.top_probs is not None and verified == self._gamma:

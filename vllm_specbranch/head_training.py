@@ -27,9 +27,12 @@ LEAST_PROMPTS = 10
 PRIOR_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 # Features that hardly vary say nothing, and must not be blown up.
 LEAST_DEVIATION = 1e-5
-_EVALUATION_ROWS = 8192
+_ROWS_AT_ONCE = 1024
 
 OnEpoch = Callable[[int, float, float], object]
+# What a network sees of some rounds: `[n, num_inputs] float32`. Asked for a few rounds at a time: of large targets, a float32 copy
+# of all features would not fit into memory.
+Columns = Callable[[Rounds], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,26 +114,30 @@ def class_weights(labels: torch.Tensor) -> torch.Tensor:
     return counts.sum() / (NUM_CLASSES * counts)
 
 
+def features_of(rounds: Rounds) -> torch.Tensor:
+    """`[n, num_features] float32`: the target's features, which are what the head sees."""
+    return rounds.features.float()
+
+
 def train(
-    inputs: torch.Tensor,
-    labels: torch.Tensor,
-    choose_inputs: torch.Tensor,
-    choose_labels: torch.Tensor,
+    rounds: Rounds,
+    choosing: Rounds,
     settings: TrainSettings,
+    columns: Columns = features_of,
     on_epoch: OnEpoch = lambda *_: None,
 ) -> Trained:
     """Train a head with cross-entropy; the epoch with the least loss on the choosing rounds is kept.
 
     Args:
-        inputs, choose_inputs: `[n, num_inputs]`.
-        labels, choose_labels: `[n] int64`.
+        columns: what it sees of each round.
         on_epoch: called after each with (number from 1, training loss, choosing loss).
     """
+    labels = rounds.labels
     # The caller's random state stays as it was.
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(settings.seed)
-        head = LengthHead(inputs.shape[1])
-        _standardise(head, inputs)
+        head = LengthHead(columns(rounds.select(slice(1))).shape[1])
+        _standardise(head, rounds, columns)
         weights = class_weights(labels)
         optimizer = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
         num_steps = settings.num_epochs * -(-len(labels) // settings.batch_size)
@@ -142,22 +149,22 @@ def train(
             head.train()
             total = 0.0
             for batch in _batches(len(labels), settings.batch_size):
-                loss = nn.functional.cross_entropy(head(inputs[batch].float()), labels[batch], weights)
+                loss = nn.functional.cross_entropy(head(columns(rounds.select(batch))), labels[batch], weights)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
                 total += float(loss.detach()) * len(batch)
-            choosing = _loss(head, choose_inputs, choose_labels, weights)
-            losses.append((total / len(labels), choosing))
+            on_choosing = _loss(head, choosing, columns, weights)
+            losses.append((total / len(labels), on_choosing))
             on_epoch(epoch, *losses[-1])
-            if choosing <= min(one for _, one in losses):
+            if on_choosing <= min(one for _, one in losses):
                 best, best_epoch = _state(head), epoch
             if epoch - best_epoch >= settings.patience:
                 break
         head.load_state_dict(best)
     head.eval()
-    share = _take_weights_back(head, weights, choose_inputs, choose_labels)
+    share = _take_weights_back(head, weights, choosing, columns)
     return Trained(head, best_epoch, losses, share)
 
 
@@ -172,20 +179,21 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def predict(head: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """`[n] int64`, the class of each row.
-
-    Args:
-        inputs: `[n, num_inputs]`.
-    """
-    return logits_of(head, inputs).argmax(dim=1)
+def predict(head: nn.Module, rounds: Rounds, columns: Columns = features_of) -> torch.Tensor:
+    """`[n] int64`, the class of each round."""
+    return logits_of(head, rounds, columns).argmax(dim=1)
 
 
-def logits_of(head: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    """`[n, 3]`, in evaluation mode, in slices that fit into memory."""
+def logits_of(head: nn.Module, rounds: Rounds, columns: Columns = features_of) -> torch.Tensor:
+    """`[n, 3]`, in evaluation mode, some rounds at a time."""
     head.eval()
     with torch.inference_mode():
-        return torch.cat([head(part.float()) for part in inputs.split(_EVALUATION_ROWS)])
+        return torch.cat([head(part) for part in _parts(rounds, columns)])
+
+
+def _parts(rounds: Rounds, columns: Columns) -> Iterator[torch.Tensor]:
+    for start in range(0, len(rounds), _ROWS_AT_ONCE):
+        yield columns(rounds.select(slice(start, start + _ROWS_AT_ONCE)))
 
 
 def joint_inputs(rounds: Rounds, *, with_features: bool = True) -> torch.Tensor:
@@ -208,11 +216,16 @@ def joint_inputs(rounds: Rounds, *, with_features: bool = True) -> torch.Tensor:
     return torch.cat([rounds.features.float(), *columns] if with_features else columns, dim=1)
 
 
-def _standardise(head: LengthHead, inputs: torch.Tensor) -> None:
-    wide = inputs.double()
-    deviation = wide.std(dim=0, unbiased=False)
+def _standardise(head: LengthHead, rounds: Rounds, columns: Columns) -> None:
+    mean = torch.zeros(head.num_features, dtype=torch.float64)
+    for part in _parts(rounds, columns):
+        mean += part.double().sum(dim=0) / len(rounds)
+    variance = torch.zeros_like(mean)
+    for part in _parts(rounds, columns):
+        variance += (part.double() - mean).square().sum(dim=0) / len(rounds)
+    deviation = variance.sqrt()
     scale = torch.where(deviation > LEAST_DEVIATION, deviation, torch.ones_like(deviation))
-    head.standardise(wide.mean(dim=0).float(), scale.float())
+    head.standardise(mean.float(), scale.float())
 
 
 def _state(head: nn.Module) -> dict[str, torch.Tensor]:
@@ -223,8 +236,8 @@ def _batches(num_rows: int, batch_size: int) -> Iterator[torch.Tensor]:
     yield from torch.randperm(num_rows).split(batch_size)
 
 
-def _loss(head: nn.Module, inputs: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> float:
-    return float(nn.functional.cross_entropy(logits_of(head, inputs), labels, weights))
+def _loss(head: nn.Module, rounds: Rounds, columns: Columns, weights: torch.Tensor) -> float:
+    return float(nn.functional.cross_entropy(logits_of(head, rounds, columns), rounds.labels, weights))
 
 
 def shift_classes(head: LengthHead, shifts: tuple[float, float]) -> None:
@@ -242,12 +255,12 @@ def _shift(head: LengthHead, less: torch.Tensor) -> None:
         last.bias.sub_(less)
 
 
-def _take_weights_back(head: LengthHead, weights: torch.Tensor, inputs: torch.Tensor, labels: torch.Tensor) -> float:
+def _take_weights_back(head: LengthHead, weights: torch.Tensor, rounds: Rounds, columns: Columns) -> float:
     """Shift the classes by the share of the log-weights that makes most of the choosing rounds come out right; returns it.
 
     Mutates: the last bias of the head.
     """
-    logits, shift = logits_of(head, inputs), weights.log()
+    logits, shift, labels = logits_of(head, rounds, columns), weights.log(), rounds.labels
 
     def correct(share: float) -> int:
         return int(((logits - share * shift).argmax(dim=1) == labels).sum())

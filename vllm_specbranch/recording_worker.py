@@ -25,7 +25,7 @@ class RecordingExtension:
             gamma: draft tokens of a full chunk.
         """
         proposer: Proposer = self.model_runner.drafter
-        recorder = self.round_recorder = RoundRecorder(gamma)
+        recorder = self.round_recorder = RoundRecorder(gamma, self.model_runner.dtype)
 
         def observe(request_ids: list[str], num_tokens: list[int], features: torch.Tensor) -> None:
             verified = [proposer.scorer.num_scheduled(one) for one in request_ids]

@@ -103,6 +103,7 @@ class Replayed:
         num_late_replies: that came after the reply timeout, so that the round went on without drafts.
         steady_s, num_steady_tokens: of `time_s` and `num_tokens`, the rounds of a full batch without a prefill; none for a
             calculated row.
+        finished_s: virtual time at which each request ended, in the order of their ends.
         server: the draft server's counters; empty for a calculated row.
     """
 
@@ -117,6 +118,7 @@ class Replayed:
     num_late_replies: int = 0
     steady_s: float = 0.0
     num_steady_tokens: int = 0
+    finished_s: list[float] = field(default_factory=list)
     server: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -361,6 +363,7 @@ class _Engine:
         self._server.handle(messages.CommitBatch(self._round, max_wait_ms, commits, self._pace.message))
         self._pace.sent(self.now_s)
         self._closes = [request.name for request in self._running if request.is_finished]
+        result.finished_s += [self.now_s] * len(self._closes)
         self._running = [request for request in self._running if not request.is_finished]
 
     def _collect(self) -> None:

@@ -118,6 +118,13 @@ class Study:
         ]
         return found
 
+    def repeated(self, num_times: int) -> "Study":
+        """The same study with its recordings one after the other so many times: for what is learned while serving."""
+        found = copy.copy(self)
+        found.recordings = [*self.recordings] * num_times
+        found.agreements = [*self.agreements] * num_times
+        return found
+
     def known_classes(self, gamma: int) -> list[list[int]]:
         """What a length head that is always right says after each token: whether none, some or all of `gamma` will be accepted."""
         found = []

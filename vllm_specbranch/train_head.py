@@ -33,12 +33,15 @@ from vllm_specbranch.head_report import (
     judge,
     summary,
 )
-from vllm_specbranch.head_rules import best_shifts, shifted
+from vllm_specbranch.head_rules import WAIT_STEPS, best_shifts, shifted
 from vllm_specbranch.head_training import (
+    LEAST_PROMPTS,
+    Columns,
     OnEpoch,
     Parts,
     Trained,
     TrainSettings,
+    features_of,
     joint_inputs,
     logits_of,
     shift_classes,
@@ -53,6 +56,8 @@ from vllm_specbranch.prompts import default_prompts_path, read_prompts
 from vllm_specbranch.provenance import available_cores, gpus, provenance
 
 PROMPTS_PER_SHARD = 64
+# Below so many prompts, those that are held out are too few for figures to be more than chance.
+FEW_PROMPTS = 200
 RECORDING = "vllm_specbranch.recording_worker.RecordingExtension"
 REPORT_NAME = "report.json"
 PICTURE_NAME = "report.png"
@@ -68,7 +73,8 @@ class TrainHeadSettings(EngineSettings):
         num_rounds: to collect at least, if the prompts give so many.
         temperatures: each prompt is continued at each of them.
         num_layers: of the target, from the last one, whose hidden states are features (K).
-        c: draft steps that a round of the target takes, for the verdict.
+        c: draft steps that a round of the target takes; for the verdict, and for what the saved head says.
+        miss_cost: draft steps that a round with a rejected token takes longer; for the same.
     """
 
     target: Path
@@ -82,8 +88,14 @@ class TrainHeadSettings(EngineSettings):
     batch_size: int = 64
     num_epochs: int = 20
     c: float = 5.0
+    miss_cost: float = WAIT_STEPS
     seed: int = 0
     max_tokens: int = 128
+
+    @property
+    def prompt_room(self) -> int:
+        """Tokens of a prompt that fit beside its continuation."""
+        return self.max_model_len - self.max_tokens - self.num_speculative_tokens - 1
 
 
 def run(settings: TrainHeadSettings, write: Write) -> int:
@@ -107,6 +119,7 @@ def run(settings: TrainHeadSettings, write: Write) -> int:
     target_layers(sizes[1], settings.num_layers)
     source = settings.prompts or default_prompts_path()
     texts = [prompt.text for prompt in read_prompts(source, settings.num_prompts)]
+    _check(settings, len(texts), write)
     shards = Shards(settings.out / "rounds", _manifest(settings, target, draft, texts))
     write(
         f"Target {target}\nDraft  {draft}\nCollecting {settings.num_rounds} rounds from {len(texts)} prompts in {shards.folder}\n"
@@ -115,7 +128,7 @@ def run(settings: TrainHeadSettings, write: Write) -> int:
     parts = split(shards.load(), settings.seed)
     write(f"\nTraining on {len(parts.train)} rounds, {settings.num_epochs} epochs:\n")
     networks = train_all(parts, settings, write)
-    found = judge_all(parts, networks, settings.c)
+    found = judge_all(parts, networks, settings.c, settings.miss_cost)
     trained = networks[HEAD]
     shift_classes(trained.head, found["shifts"][HEAD])
     verdict = judge(found)
@@ -132,8 +145,28 @@ def run(settings: TrainHeadSettings, write: Write) -> int:
     }
     (settings.out / REPORT_NAME).write_text(json.dumps(report, indent=1) + "\n")
     write("\n" + as_text(found) + "\n\n" + _draw(found, settings.out / PICTURE_NAME))
-    write(f'The head is in {settings.out}. Use it with\n  "length_head": "{settings.out}"\n\n{verdict.text}\n')
+    used = {"policy": "specbranch", "stop_threshold": spec.epsilon, "length_head": str(settings.out)}
+    write(f"The head is in {settings.out}. Use it with\n  {json.dumps(used)[1:-1]}\n\n{verdict.text}\n")
     return 0
+
+
+def _check(settings: TrainHeadSettings, num_prompts: int, write: Write) -> None:
+    """Find now what would only be found when all rounds have been collected, hours later.
+
+    Raises:
+        ConfigError: too few prompts, or none of their tokens would fit.
+    """
+    if num_prompts < LEAST_PROMPTS:
+        raise ConfigError(num_prompts, f"at least {LEAST_PROMPTS} prompts, some of them to be held out", "--prompts")
+    if settings.prompt_room < 1:
+        least = settings.max_model_len - settings.prompt_room + 1
+        allowed = f"at least {least}: new tokens, a chunk, and a token of the prompt"
+        raise ConfigError(settings.max_model_len, allowed, "--max-model-len")
+    if num_prompts < FEW_PROMPTS:
+        write(
+            f"Only {num_prompts} prompts: figures come from a fifth of them, so expect little more than chance. Some hundreds are "
+            "better (--prompts).\n"
+        )
 
 
 def _draw(found: dict[str, Any], path: Path) -> str:
@@ -205,9 +238,8 @@ def collect(settings: TrainHeadSettings, lineup: Lineup, texts: Sequence[str], s
         )
         with Engine(spec) as engine:
             engine.wait_until_ready()
-            room = settings.max_model_len - settings.max_tokens - gamma - 1
             # The end of a long prompt is what its continuation depends on most.
-            prompts = [ids[-room:] for ids in engine.encode(texts)]
+            prompts = [ids[-settings.prompt_room :] for ids in engine.encode(texts)]
             piece: Piece | None = first
             while piece is not None and bar.n < settings.num_rounds:
                 engine.run(
@@ -219,8 +251,10 @@ def collect(settings: TrainHeadSettings, lineup: Lineup, texts: Sequence[str], s
                     record=Record(str(shards.path(piece.index)), piece.first),
                 )
                 num_rounds = shards.num_rounds(piece.index)
-                if num_rounds is None:
-                    raise MeasureError("the engine recorded nothing: its draft server did not start, or has ended")
+                if not num_rounds:
+                    # Were it kept, it would pass for collected, and sampled prompts come round again for ever.
+                    shards.remove(piece.index)
+                    raise MeasureError("the engine recorded no round: its draft server did not start, or has ended")
                 bar.update(num_rounds)
                 piece = next(missing, None)
 
@@ -233,7 +267,7 @@ def _missing(settings: TrainHeadSettings, num_prompts: int, shards: Shards) -> t
         if num_there >= settings.num_rounds:
             return iter(()), num_there
         found = shards.num_rounds(piece.index)
-        if found is None:
+        if not found:
             return _chain(piece, plan), num_there
         num_there += found
     return iter(()), num_there
@@ -250,21 +284,18 @@ def _chain(first: Piece, rest: Iterator[Piece]) -> Iterator[Piece]:
 def train_all(parts: Parts, settings: TrainHeadSettings, write: Write) -> dict[str, Trained]:
     """The head, and the networks it is compared with, by name."""
     how = TrainSettings(num_epochs=settings.num_epochs, seed=settings.seed)
-
-    found = {}
-    for name, inputs in INPUTS.items():
-        rows, choosing = inputs(parts.train), inputs(parts.choose)
-        found[name] = train(rows, parts.train.labels, choosing, parts.choose.labels, how, _tell(name, write))
-    return found
+    return {
+        name: train(parts.train, parts.choose, how, columns, _tell(name, write)) for name, columns in COLUMNS.items()
+    }
 
 
-def judge_all(parts: Parts, networks: Mapping[str, Trained], c: float) -> dict[str, Any]:
+def judge_all(parts: Parts, networks: Mapping[str, Trained], c: float, miss_cost: float) -> dict[str, Any]:
     """All figures of `head_report.figures`, and under `shifts` what to take from the logits of classes 0 and 2 of each network."""
     logits = {
-        part: {name: logits_of(networks[name].head, inputs(rounds)) for name, inputs in INPUTS.items()}
+        part: {name: logits_of(networks[name].head, rounds, columns) for name, columns in COLUMNS.items()}
         for part, rounds in (("choose", parts.choose), ("held_out", parts.held_out))
     }
-    shifts = {name: best_shifts(one, parts.choose, c) for name, one in logits["choose"].items()}
+    shifts = {name: best_shifts(one, parts.choose, c, miss_cost) for name, one in logits["choose"].items()}
 
     def predictions(part: str) -> Predictions:
         return Predictions(
@@ -272,13 +303,9 @@ def judge_all(parts: Parts, networks: Mapping[str, Trained], c: float) -> dict[s
             {name: shifted(one, shifts[name]).argmax(dim=1) for name, one in logits[part].items()},
         )
 
-    found = figures(parts, predictions("choose"), predictions("held_out"), c)
-    dear = dear_misses(parts, logits["choose"][HEAD], logits["held_out"][HEAD], c)
+    found = figures(parts, predictions("choose"), predictions("held_out"), c, miss_cost)
+    dear = dear_misses(parts, logits["choose"][HEAD], logits["held_out"][HEAD], c, miss_cost)
     return {**found, "shifts": shifts, "dear_misses": dear}
-
-
-def _features(rounds: Rounds) -> torch.Tensor:
-    return rounds.features
 
 
 def _confidences(rounds: Rounds) -> torch.Tensor:
@@ -286,8 +313,8 @@ def _confidences(rounds: Rounds) -> torch.Tensor:
 
 
 # What each network sees; the first is the head, the others are for comparison.
-INPUTS: Mapping[str, Callable[[Rounds], torch.Tensor]] = {
-    HEAD: _features,
+COLUMNS: Mapping[str, Columns] = {
+    HEAD: features_of,
     CONFIDENCES: _confidences,
     JOINT: joint_inputs,
 }

@@ -1,16 +1,18 @@
 """What is asked of a length head and its target before any weights load; real configs of small models."""
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from tests.heads import make_head
 from tests.model_paths import DRAFT, TARGET, make_weak_draft
-from vllm_specbranch import patching
+from vllm_specbranch import head_check, patching
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.head_check import known_identity
 from vllm_specbranch.length_head import WEIGHTS_FILE, model_identity
@@ -80,6 +82,19 @@ def test_another_pair_is_refused(tmp_path: Path, head: str) -> None:
     assert "number of layers of the target: 7 in training, 6 here" in refused(length_head=other).allowed
     foreign = make_head(tmp_path / "foreign", "random", target_identity="x")
     assert "another target model" in refused(length_head=foreign).allowed
+
+
+def test_what_cannot_be_compared_is_said(tmp_path: Path, head: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="vllm.specbranch"):
+        speculative_config(length_head=head)
+        assert "not checked" not in caplog.text
+        speculative_config(length_head=make_head(tmp_path / "unnamed", "random", draft_identity=None))
+        assert "not checked whether it was trained for this draft model" in caplog.text
+        assert "target model" not in caplog.text
+        caplog.clear()
+        with mock.patch.object(head_check, "known_identity", lambda model, revision: None):
+            speculative_config(length_head=head)
+        assert caplog.text.count("that is not on this machine yet") == 2
 
 
 def test_broken_files_are_found_before_the_target_loads(tmp_path: Path, head: str) -> None:

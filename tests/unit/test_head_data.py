@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from tests.made_rounds import made_rounds
 from vllm_specbranch.errors import ConfigError
@@ -34,7 +35,8 @@ def test_shards_come_back_in_order(tmp_path: Path) -> None:
     for index, part in enumerate(parts):
         save_rounds(shards.path(index), part)
     assert [shards.num_rounds(index) for index in range(4)] == [30, 40, 50, None]
-    assert equal(shards.load(), Rounds.join(parts))
+    joined = Rounds(**{name: torch.cat([one.tensors()[name] for one in parts]) for name in parts[0].tensors()})
+    assert equal(shards.load(), joined)
     assert not list(tmp_path.rglob("*.unfinished"))
 
 
@@ -60,6 +62,27 @@ def test_a_broken_shard_is_made_again(tmp_path: Path, content: bytes) -> None:
     shards = Shards(tmp_path, {})
     shards.path(0).write_bytes(content)
     assert shards.num_rounds(0) is None
+
+
+def test_a_shard_without_its_end_or_with_other_tensors_is_made_again(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, {})
+    save_rounds(shards.path(0), made_rounds(30))
+    shards.path(1).write_bytes(shards.path(0).read_bytes()[:-8])
+    save_file({"accepted": torch.zeros(3)}, shards.path(2))
+    assert [shards.num_rounds(index) for index in range(3)] == [30, None, None]
+    shards.remove(0)
+    shards.remove(0)
+    assert shards.num_rounds(0) is None
+
+
+def test_features_keep_their_dtype(tmp_path: Path) -> None:
+    shards = Shards(tmp_path, {})
+    rounds = made_rounds(30)
+    half = Rounds(**{**rounds.tensors(), "features": rounds.features.bfloat16()})
+    save_rounds(shards.path(0), half)
+    save_rounds(shards.path(1), half)
+    found = shards.load().features
+    assert found.dtype == torch.bfloat16 and torch.equal(found, torch.cat([half.features] * 2))
 
 
 def test_same_settings_go_on_and_others_are_refused(tmp_path: Path) -> None:

@@ -86,6 +86,17 @@ def test_features_are_copied() -> None:
     assert recorder.rounds(0, 0.0).features.tolist() == [[1.0, 1.0]]
 
 
+def test_features_are_kept_in_the_target_s_dtype() -> None:
+    """They are given as float32, which is wider: nothing may be lost on the way back."""
+    recorder = RoundRecorder(GAMMA, torch.bfloat16)
+    features = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
+    recorder.observe_features(["0"], [10], features.float(), [0])
+    recorder.observe_draft(draft("0", 10))
+    step(recorder, ("0", 12, GAMMA))
+    found = recorder.rounds(0, 0.0).features
+    assert found.dtype == torch.bfloat16 and torch.equal(found, features)
+
+
 @given(st.lists(st.tuples(st.integers(0, GAMMA), st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_every_full_round_is_recorded_once(rounds: list[tuple[int, bool, bool]]) -> None:
     """Any order of full, trimmed and missing chunks: each full one gives its outcome, no other gives anything."""

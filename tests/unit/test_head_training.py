@@ -23,11 +23,11 @@ QUICK = TrainSettings(num_epochs=4)
 
 
 def trained(parts: Parts, settings: TrainSettings = QUICK) -> Trained:
-    return train(parts.train.features, parts.train.labels, parts.choose.features, parts.choose.labels, settings)
+    return train(parts.train, parts.choose, settings)
 
 
 def accuracy(parts: Parts, head: Trained) -> float:
-    return float((predict(head.head, parts.held_out.features) == parts.held_out.labels).float().mean())
+    return float((predict(head.head, parts.held_out) == parts.held_out.labels).float().mean())
 
 
 def majority(parts: Parts) -> float:
@@ -78,14 +78,8 @@ def test_same_seed_same_head_and_the_callers_random_state_stays() -> None:
 def test_the_epoch_with_the_least_loss_is_kept() -> None:
     parts = split(made_rounds(400), seed=0)
     seen: list[tuple[int, float, float]] = []
-    found = train(
-        parts.train.features,
-        parts.train.labels,
-        parts.choose.features,
-        parts.choose.labels,
-        TrainSettings(num_epochs=8, learning_rate=3e-2, patience=8),
-        lambda *one: seen.append(one),
-    )
+    settings = TrainSettings(num_epochs=8, learning_rate=3e-2, patience=8)
+    found = train(parts.train, parts.choose, settings, on_epoch=lambda *one: seen.append(one))
     assert [one[0] for one in seen] == list(range(1, 9))
     choosing = [one[2] for one in seen]
     assert choosing[found.epoch - 1] == min(choosing) == min(one for _, one in found.losses)
@@ -127,16 +121,16 @@ def test_class_weights_are_taken_back_where_that_names_more_rounds_right() -> No
     found = trained(parts)
     assert found.prior_share > 0
     labels = parts.choose.labels
-    named = predict(found.head, parts.choose.features)
+    named = predict(found.head, parts.choose)
     assert float((named == labels).float().mean()) >= float(torch.bincount(labels).max()) / len(labels) - 0.05
 
 
 def test_shifted_classes_stay_with_the_head() -> None:
     parts = split(made_rounds(400), seed=0)
     head = trained(parts).head
-    before = logits_of(head, parts.held_out.features)
+    before = logits_of(head, parts.held_out)
     shift_classes(head, (0.5, 1e4))
-    after = logits_of(head, parts.held_out.features)
+    after = logits_of(head, parts.held_out)
     assert torch.allclose(after, before - torch.tensor([0.5, 0.0, 1e4]))
     assert 2 not in head.classes(parts.held_out.features)
 
