@@ -18,10 +18,13 @@ Owns what is run and the result file; `head_ablation_report` writes and draws. R
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 # Run as a script, this finds its own folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -223,7 +226,7 @@ def online_rows(study: Study, gamma: int, emulation: Emulation) -> list[dict[str
                 "ratio": speeds[0] / speeds[1],
             }
         rows.append(row)
-        _write(f"  online, {epsilon}: {row['second_half']['ratio']:.3f} times confidence alone once it has learned\n")
+        say(f"  online, {epsilon}: {row['second_half']['ratio']:.3f} times confidence alone once it has learned\n")
     return rows
 
 
