@@ -1,5 +1,7 @@
 """A draft server that several engines share: who gets in, with how much, for how long. Fake model, clock that stands still."""
 
+import logging
+
 import pytest
 
 from tests.draft_engine import BLOCK_SIZE, Clock
