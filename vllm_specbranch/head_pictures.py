@@ -29,13 +29,14 @@ def draw_report(found: Mapping[str, Any], path: Path, subtitle: str = "") -> Pat
     figure = pyplot.figure(figsize=(14.5, 1.6 + 3.2 * len(kinds)))
     grid = figure.add_gridspec(
         len(kinds),
-        4,
+        5,
         left=0.06,
         right=0.975,
         top=1 - 1.25 / figure.get_size_inches()[1],
         bottom=0.75 / (1.6 + 3.2 * len(kinds)),
-        width_ratios=(1, 1, 1, 1.9),
-        wspace=0.55,
+        # The fourth is the room for the names of the rules.
+        width_ratios=(1, 1, 1, 0.3, 1.7),
+        wspace=0.5,
         hspace=0.6,
     )
     for line, name in enumerate(kinds):
@@ -47,7 +48,7 @@ def draw_report(found: Mapping[str, Any], path: Path, subtitle: str = "") -> Pat
             axes.set_title(
                 f"{rule[0].upper()}{rule[1:]}\n{name} rounds: {group['accuracy'][rule]:.1%} right", fontsize=9.5
             )
-        _draw_accuracies(figure.add_subplot(grid[line, 3]), group)
+        _draw_accuracies(figure.add_subplot(grid[line, 4]), group)
     height = figure.get_size_inches()[1]
     figure.text(
         0.01, 1 - 0.12 / height, "How far will the next draft be accepted?", fontsize=13, fontweight="bold", va="top"

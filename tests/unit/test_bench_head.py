@@ -1,6 +1,5 @@
 """The benchmarks of the length head without engines: rows, words, picture; classes along a text; transfer; prompts."""
 
-import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import msgspec
 import pytest
 import torch
 
-from benchmarks import bench_head, bench_head_call, head_derived, head_results, head_transfer
+from benchmarks import bench_head, bench_head_call, head_results, head_transfer
 from benchmarks.bench_head import HEAD, HYBRID, KNOWN, NONE, PEARL, Variant, variants
 from benchmarks.head_ablation_report import as_text, draw_ablation, spread
 from benchmarks.head_classes import features_along
@@ -256,34 +255,3 @@ def test_a_report_becomes_a_result_without_places(tmp_path: Path) -> None:
     assert found["argv"] == ["cli.py", "train-head", "--out", "good"] and found["figures"] == report["figures"]
     assert (tmp_path / "head.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert head_results.main([str(tmp_path / "none"), *words[1:]]) == 2
-
-
-def test_an_old_report_in_the_form_of_today_says_what_today_s_says() -> None:
-    """Everything but intervals follows from the counts."""
-    parts = split(made_rounds(3000, told_by_confidence=2.0), seed=0)
-    alone = {HEAD_NAME: (parts.choose.labels + 1) % 3}, {HEAD_NAME: (parts.held_out.labels + 1) % 3}
-    chosen, held_out = (Predictions(one, one) for one in alone)
-    today = json.loads(json.dumps(figures(parts, chosen, held_out, 5.0))) | {"dear_misses": [{"miss_cost": 2.0}]}
-    old = copy.deepcopy(today)
-    del old["thresholds"], old["miss_cost"]
-    names = {HEAD_NAME: "the head", SAVED: "the head as it is saved"}
-    for kind, group in old["groups"].items():
-        group |= today["thresholds"].get(kind, {"epsilon": 0.5, "bounds": [0.0, 1.0]})
-        group["head_gains"] = group.pop("gains")[HEAD_NAME]
-        for name in ("accuracy", "balanced_accuracy", "confusion"):
-            group[name] = {names.get(rule, rule): value for rule, value in group[name].items()}
-    # As it was: one threshold for all kinds of rounds.
-    old["groups"]["all"]["accuracy"][ONE] = 0.0
-    old["groups"]["all"]["confusion"][ONE] = [[0] * 3] * 3
-    for speeds in old["speeds"]:
-        del speeds["best_without"]
-    found = head_derived.derive({"figures": old})["figures"]
-    for kind, group in today["groups"].items():
-        assert found["groups"][kind]["confusion"] == group["confusion"]
-        for name in ("accuracy", "balanced_accuracy"):
-            assert found["groups"][kind][name] == pytest.approx(group[name], abs=1e-6)
-        for head in (HEAD_NAME, SAVED):
-            for rule, gain in group["gains"][head].items():
-                assert found["groups"][kind]["gains"][head][rule][0] == pytest.approx(gain[0], abs=1e-6)
-    assert found["thresholds"] == today["thresholds"] and found["miss_cost"] == 2.0
-    assert [one["best_without"] for one in found["speeds"]] == [one["best_without"] for one in today["speeds"]]
