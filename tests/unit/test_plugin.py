@@ -19,14 +19,15 @@ WORKER = [patch for patch in plugin.all_patches() if patch.process == "worker"]
 @pytest.fixture
 def untouched_vllm() -> Iterator[None]:
     """VLLM as it comes: the entry point may have run in this process before, and may have to be there again after."""
+    import vllm
+
+    version = vllm.__version__
     there = [patch for patch in plugin.all_patches() if patching.is_applied(patch)]
     patching.revert(there)
     yield
     patching.revert(plugin.all_patches())
     if there:
-        import vllm
-
-        patching.apply(there, vllm.__version__)
+        patching.apply(there, version)
 
 
 @pytest.fixture

@@ -134,7 +134,7 @@ def test_no_block_is_lost_freed_twice_or_read_after_it_was_given_away() -> None:
     assert seen["steps"] > 1_000
     assert seen["num_reclaimed_blocks"] > 100
     for name in ("preemptions", "taken, not scheduled", "num_short_steps", "resets", "prefix hits", "draft tokens"):
-        assert seen[name] > 50, name
+        assert seen[name] > 15, name
 
 
 # Each of the dangers that the design names, made real: the machine must see it.
