@@ -8,6 +8,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,17 @@ class Load:
         return 1 + int(self.pool_share * self.max_num_seqs * mean / self.block_size)
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Every scheduler would say the same of its config; the process hears of other things again afterwards."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
 class VirtualScheduler:
     """Makes schedulers of one engine config, and runs loads through them.
 
@@ -60,7 +72,8 @@ class VirtualScheduler:
         from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
         from vllm.v1.request import Request
 
-        scheduler = self._scheduler(load, way)
+        with _without_warnings():
+            scheduler = self._scheduler(load, way)
         rng = random.Random(seed)
         for index, length in enumerate(load.prompt_lengths):
             params = SamplingParams(temperature=0.0, max_tokens=load.num_new_tokens, ignore_eos=True)
@@ -96,7 +109,6 @@ class VirtualScheduler:
                 """Blocks are taken back if they may be; chunks stay whole, whatever room there is for them."""
                 self._reclaimer.make_room(self.running)
 
-        logging.disable(logging.WARNING)
         config = EngineArgs(
             model=self._target,
             dtype="float32",

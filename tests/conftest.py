@@ -64,10 +64,13 @@ def _our_log_lines_reach_caplog(caplog: pytest.LogCaptureFixture) -> Iterator[No
     logger = logging.getLogger("vllm")
     if logger.propagate:
         yield
-        return
-    logger.addHandler(caplog.handler)
-    yield
-    logger.removeHandler(caplog.handler)
+    else:
+        logger.addHandler(caplog.handler)
+        yield
+        logger.removeHandler(caplog.handler)
+    left = logging.root.manager.disable
+    logging.disable(logging.NOTSET)
+    assert not left, "the test left logging switched off for those after it"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
