@@ -270,8 +270,9 @@ def _add_tune(tune: argparse.ArgumentParser) -> None:
     count = _at_least(1)
     add = tune.add_argument
     tune.description = (
-        "Runs plain vLLM and specbranch on your prompts, measures both models, and finds the settings that suit them by replaying "
-        "what was recorded. Writes the file that --speculative-config specbranch reads, or says why speculation does not pay."
+        "Runs plain vLLM and specbranch on your prompts, measures both models, finds the settings that suit them by replaying "
+        "what was recorded, and runs those on engines. Writes the file that --speculative-config specbranch reads, or says why "
+        "speculation does not pay."
     )
     tune.set_defaults(command=_tune)
     add("--target", type=Path, required=True, metavar="PATH", help="folder of the target model")

@@ -1,34 +1,37 @@
 """`vllm-specbranch tune`: measure a pair on this machine, choose its settings, and write the file that vLLM reads them from.
 
-Owns the order of work and what is shown. Measuring is in `measure` and `tune_measure`, replaying in `replay_study`, the search and
-the verdict in `tune_search`. Runs in the process that the user started, which loads the draft model for the replays.
+Owns the order of work. Measuring is in `measure` and `tune_measure`, replaying in `replay_study`, the search and the verdict in
+`tune_search`, the check on engines in `tune_check`, what is shown of it in `tune_report`. Runs in the process that the user
+started, which loads the draft model for the replays.
 """
 
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vllm_specbranch.config import CONFIG_ENV, CONFIG_FILE_NAME, METHOD, SpecBranchConfig
 from vllm_specbranch.engine_settings import EngineSettings
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.lineup import Lineup, Placement, place, require_model
-from vllm_specbranch.measure import Engine, running
+from vllm_specbranch.measure import Engine, MeasureError, running
 from vllm_specbranch.prompts import default_prompts_path, read_prompts
 from vllm_specbranch.provenance import available_cores, gpus, provenance
 from vllm_specbranch.replay import Recording, Replayed
 from vllm_specbranch.replay_bounds import acceptance, acceptance_by_position, coverage
 from vllm_specbranch.replay_study import TOKENS_BEYOND, Study, recordings_of
 from vllm_specbranch.replay_study import as_json as replay_as_json
-from vllm_specbranch.report import number, percent, table
+from vllm_specbranch.report import number, percent
+from vllm_specbranch.tune_check import PLAIN, SEQUENTIAL, check
 from vllm_specbranch.tune_measure import Measured, measure
+from vllm_specbranch.tune_report import AS_IT_COMES, BOUND, Report, label
 from vllm_specbranch.tune_search import STARTS, Search, Settings, Verdict, judge
 
 PROBE_TOKENS = 8
 NUM_POSITIONS = 6
 COVERED = (1, 2, 4, 8)
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Write = Callable[[str], object]
 
@@ -83,14 +86,17 @@ def run(settings: TuneSettings, write: Write) -> int:
         enforce_eager=settings.enforce_eager,
     )
     write("\n" + describe(measured, study) + "\n\nSearching, by replaying what was recorded (times plain decoding):\n")
-    report = choose(measured, study, lineup.placement, settings.seed, write)
+    report = _checked(choose(measured, study, settings.seed, write), settings, lineup, texts, write)
+    verdict = _verdict(report, measured, study, lineup.placement)
     if settings.json_out is not None:
-        settings.json_out.write_text(json.dumps(as_json(settings, lineup, measured, study, report), indent=1) + "\n")
-    write("\n" + report.as_table() + "\n\n" + report.verdict.reason + "\n")
-    if report.verdict.method != METHOD and not settings.always_write:
-        write(report.advice(lineup.draft) + f"Nothing was written (--always-write writes {out} all the same).\n")
+        told = as_json(settings, lineup, measured, study, report, verdict)
+        settings.json_out.write_text(json.dumps(told, indent=1) + "\n")
+    write("\n" + report.as_table() + "\n\n" + verdict.reason + "\n")
+    if verdict.method != METHOD and not settings.always_write:
+        advice = report.draft_model_advice(lineup.draft) if verdict.method == SEQUENTIAL else ""
+        write(advice + f"Nothing was written (--always-write writes {out} all the same).\n")
         return 0
-    _write_file(out, lineup.draft, report.settings)
+    _write_file(out, lineup.draft, report.candidates[report.best])
     write(f"Wrote {out}. Use it with:\n  {_usage(out, Path(lineup.target))}\n")
     return 0
 
@@ -204,57 +210,8 @@ def _coverage(study: Study) -> dict[int, float]:
     return {count: coverage(study.agreements, count) for count in COVERED}
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What the search found, and what it is held against; results are replays and calculations, not measurements.
-
-    Attributes:
-        settings: of specbranch, the best found.
-        gamma: draft tokens of `draft_model`.
-        rows: label and result; plain decoding first.
-        tried: speed of all settings that were replayed, relative to plain decoding.
-    """
-
-    settings: Settings
-    gamma: int
-    rows: list[tuple[str, Replayed]]
-    verdict: Verdict
-    tried: list[tuple[Settings, float]]
-
-    def as_table(self) -> str:
-        """The rows for people."""
-        plain = self.rows[0][1]
-        cells = [
-            [
-                label,
-                number(one.tokens_per_s, 1),
-                number(one.tokens_per_s / plain.tokens_per_s, 2, "x"),
-                number(one.mean_acceptance_length),
-                percent(one.server["num_hits"] / one.num_rounds) if one.server else "-",
-                percent(one.wait_s / one.time_s) if one.server else "-",
-            ]
-            for label, one in self.rows
-        ]
-        headers = [
-            "expected on a quiet machine",
-            "tokens/s",
-            "ratio",
-            "acceptance length",
-            "hits",
-            "time waiting for drafts",
-        ]
-        return table(headers, cells)
-
-    def advice(self, draft: str) -> str:
-        """What to use instead; empty where nothing is."""
-        if self.verdict.method != "draft_model":
-            return ""
-        own = {"method": "draft_model", "model": draft, "num_speculative_tokens": self.gamma}
-        return f"Use: --speculative-config '{json.dumps(own)}'\n"
-
-
-def choose(measured: Measured, study: Study, places: Placement, seed: int, write: Write) -> Report:
-    """Search, and hold the result against the alternatives."""
+def choose(measured: Measured, study: Study, seed: int, write: Write) -> Report:
+    """Search by replays, and add the alternatives."""
     plain = study.plain(measured.plain)
     replays: dict[str, Replayed] = {}
     tried: list[tuple[Settings, float]] = []
@@ -269,43 +226,45 @@ def choose(measured: Measured, study: Study, places: Placement, seed: int, write
 
     found = Search(speed_of, seed, show).run()
     gamma, own = study.best_sequential(measured.plain)
-    rows = [("plain vLLM", plain), (f"vLLM draft_model, {gamma} draft tokens (its best)", own)]
-    start = STARTS[0]
-    if found.settings != start:
-        rows.append(("specbranch as it comes", replays[label(start)]))
-    rows.append((f"specbranch: {label(found.settings)}", replays[label(found.settings)]))
+    candidates = {AS_IT_COMES: STARTS[0]}
+    expected = {PLAIN: plain, SEQUENTIAL: own, AS_IT_COMES: replays[label(STARTS[0])]}
+    if found.settings != STARTS[0]:
+        name = label(found.settings)
+        candidates[name], expected[name] = found.settings, replays[name]
     bound = study.bound(measured.ours, 64)
     if bound is not None:
-        rows.append(("every outcome guessed (no policy can do more)", bound))
-    verdict = judge(
-        ours=found.speed,
-        sequential=plain.time_s / own.time_s,
-        gamma=gamma,
+        expected[BOUND] = bound
+    return Report(gamma, expected, candidates, tried)
+
+
+def _checked(report: Report, settings: TuneSettings, lineup: Lineup, texts: Sequence[str], write: Write) -> Report:
+    """The report with what engines make of its candidates; without, if one of the engines fails."""
+    try:
+        ratios = check(lineup, texts, report.gamma, report.candidates, settings.max_tokens, settings.batch_size, write)
+    except MeasureError as error:
+        write(f"Could not be checked on engines: {error}\nWhat follows is what replays expect.\n")
+        return report
+    return replace(report, ratios=ratios)
+
+
+def _verdict(report: Report, measured: Measured, study: Study, places: Placement) -> Verdict:
+    return judge(
+        ours=report.speed(report.best),
+        sequential=report.speed(SEQUENTIAL),
+        gamma=report.gamma,
         acceptance=acceptance(study.agreements),
         c=measured.ours.c,
         runs_on=places.describe(with_draft=True),
         alone_on=places.describe(with_draft=False),
+        is_measured=bool(report.ratios),
     )
-    return Report(found.settings, gamma, rows, verdict, tried)
-
-
-def label(settings: Settings) -> str:
-    """Settings in a few words."""
-    words = [f"{settings['policy']}, {settings['num_speculative_tokens']} draft tokens"]
-    if "max_branches" in settings:
-        words.append(f"{settings['max_branches']} branches")
-    if "stop_threshold" in settings:
-        words.append(f"threshold {settings['stop_threshold']:g}")
-    if settings.get("on_miss", "auto") != "auto":
-        words.append(f"on a miss {settings['on_miss']}")
-    return ", ".join(words)
 
 
 def as_json(
-    settings: TuneSettings, lineup: Lineup, measured: Measured, study: Study, report: Report
+    settings: TuneSettings, lineup: Lineup, measured: Measured, study: Study, report: Report, verdict: Verdict
 ) -> dict[str, object]:
     """All that was measured and tried, for `--json`."""
-    plain = report.rows[0][1]
+    plain = report.expected[PLAIN]
     return {
         "schema_version": SCHEMA_VERSION,
         **provenance(Path(__file__).parent),
@@ -322,10 +281,11 @@ def as_json(
         "acceptance_by_position": acceptance_by_position(study.recordings, study.agreements, NUM_POSITIONS),
         "coverage": _coverage(study),
         "tried": [{"settings": one, "speed_up": speed} for one, speed in report.tried],
-        "rows": [{"label": words, **replay_as_json(one, plain)} for words, one in report.rows],
+        "expected": [{"name": name, **replay_as_json(one, plain)} for name, one in report.expected.items()],
+        "on_engines": {name: list(ratios) for name, ratios in report.ratios.items()},
         "draft_model_tokens": report.gamma,
-        "settings": report.settings,
-        "verdict": asdict(report.verdict),
+        "settings": report.candidates[report.best],
+        "verdict": asdict(verdict),
     }
 
 

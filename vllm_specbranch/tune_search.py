@@ -128,7 +128,15 @@ class Verdict:
 
 
 def judge(
-    *, ours: float, sequential: float, gamma: int, acceptance: float, c: float, runs_on: str, alone_on: str
+    *,
+    ours: float,
+    sequential: float,
+    gamma: int,
+    acceptance: float,
+    c: float,
+    runs_on: str,
+    alone_on: str,
+    is_measured: bool = False,
 ) -> Verdict:
     """Decide what is worth having.
 
@@ -138,11 +146,13 @@ def judge(
         acceptance: chance that a drafted token is the target's, 0..1.
         c: draft steps in one target round.
         runs_on, alone_on: cores or devices of specbranch, and of the other two, in words.
+        is_measured: whether the speeds are those of engines, not of replays.
     """
+    verb, basis = ("decoded", "in the median of these runs") if is_measured else ("should decode", "by replays")
     if ours >= MIN_SPEED_UP * max(1.0, sequential):
         return Verdict(
             "specbranch",
-            f"specbranch should decode {ours:.2f} times as fast as plain vLLM for this pair, and draft_model, at its best with "
+            f"specbranch {verb} {ours:.2f} times as fast as plain vLLM for this pair, {basis}, and draft_model, at its best with "
             f"{gamma} draft tokens, {sequential:.2f} times. specbranch runs on {runs_on}, the other two on {alone_on}.",
         )
     if sequential >= MIN_SPEED_UP:

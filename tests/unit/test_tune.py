@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.test_replay import BLOCK_SIZE, NUM_BLOCKS, fake, recordings_of
-from vllm_specbranch import cli, tune
+from vllm_specbranch import cli, tune, tune_check
 from vllm_specbranch.config import SpecBranchConfig, load_bare_word_settings
-from vllm_specbranch.measure_messages import Forward, RequestTrace, RunResult
+from vllm_specbranch.lineup import Lineup, Placement
+from vllm_specbranch.measure import MeasureError
+from vllm_specbranch.measure_messages import EngineSpec, Forward, RequestTrace, RunResult
 from vllm_specbranch.replay import Times
 from vllm_specbranch.replay_study import Study
+from vllm_specbranch.tune_check import PLAIN, SEQUENTIAL, Ratios
 from vllm_specbranch.tune_measure import Measured, fit, measure, medians_ms
+from vllm_specbranch.tune_report import AS_IT_COMES
 from vllm_specbranch.tune_search import KEYS, STARTS, VALUES, Found, Search, Settings, judge
 
 # --- measurements ----------------------------------------------------------------------------------------------------
@@ -218,11 +223,35 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
     return folders
 
 
+def no_engines(*_: Any) -> Ratios:
+    raise MeasureError("none here")
+
+
+def engines_say(plain: float, sequential: float, as_it_comes: float, found: float) -> Callable[..., Ratios]:
+    """A check with these medians."""
+
+    def check(_: Any, __: Any, gamma: int, candidates: dict[str, Settings], *___: Any) -> Ratios:
+        assert gamma >= 1 and next(iter(candidates)) == AS_IT_COMES
+        speeds = [plain, sequential, as_it_comes, found]
+        return {
+            name: [speed - 0.1, speed, speed + 0.2]
+            for name, speed in zip((PLAIN, SEQUENTIAL, *candidates), speeds, strict=True)
+        }
+
+    return check
+
+
 def tuned(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, agrees: list[list[bool]], times: Times, *more: str
+    pair: tuple[Path, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    agrees: list[list[bool]],
+    times: Times,
+    *more: str,
+    check: Callable[..., Ratios] = no_engines,
 ) -> tuple[int, str]:
     """Run the command on made-up measurements; returns its code and what it wrote."""
     monkeypatch.setattr(tune, "_measure", lambda *_: (made_up(times), recordings_of(agrees)))
+    monkeypatch.setattr(tune, "check", check)
     monkeypatch.setattr(tune.Study, "load", lambda *_, **__: study_of(agrees))
     said: list[str] = []
     monkeypatch.setattr(cli, "_write", said.append)
@@ -284,6 +313,81 @@ def test_draft_model_is_recommended_where_it_is_better(
     assert "draft_model with" in text and '"method": "draft_model"' in text and "Nothing was written" in text
 
 
+def test_engines_have_the_last_word_on_which_settings(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What the search found is expected to be quicker than the defaults, and was not."""
+    told = tmp_path / "told.json"
+    code, text = tuned(
+        pair, monkeypatch, GOOD, Times(10.0, 1.0), "--json", str(told), check=engines_say(1.0, 1.1, 1.5, 1.4)
+    )
+    assert code == 0 and "specbranch decoded 1.50 times" in text and "1.50x (1.40 to 1.70)" in text
+    written = json.loads((pair[0] / "specbranch.json").read_text())
+    assert written == {"model": "draft", **STARTS[0]}
+    kept = json.loads(told.read_text())
+    assert kept["settings"] == STARTS[0] and kept["on_engines"][SEQUENTIAL] == pytest.approx([1.0, 1.1, 1.3])
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(1.0, 1.1, 1.5, 1.6))
+    assert json.loads((pair[0] / "specbranch.json").read_text()) != written and "decoded 1.60 times" in text
+
+
+def test_engines_have_the_last_word_on_whether_it_pays(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(1.0, 0.9, 1.02, 1.04))
+    assert code == 0 and "not worth it" in text and "specbranch 1.04 times" in text
+    assert not (pair[0] / "specbranch.json").exists()
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(1.0, 1.3, 1.02, 1.04))
+    assert "draft_model with" in text and "1.30 times plain decoding" in text
+
+
+def test_what_cannot_be_checked_is_said_to_be_expected(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0))
+    assert code == 0 and "Could not be checked on engines: none here" in text
+    assert "should decode" in text and "by replays" in text
+
+
+class Stand:
+    """In the place of an engine: decodes at a given pace, and writes down when it was asked."""
+
+    def __init__(self, spec: EngineSpec, gap_ms: float, asked: list[str]) -> None:
+        self.spec, self._gap_ms, self._asked = spec, gap_ms, asked
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[1]] * len(texts)
+
+    def run(self, prompts: Sequence[Sequence[int]], *_: int) -> RunResult:
+        self._asked.append(f"{self.spec.name} {len(prompts)}")
+        return result(self._gap_ms)
+
+
+def test_engines_are_checked_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    specs: list[EngineSpec] = []
+    asked: list[str] = []
+
+    @contextmanager
+    def running(given: Sequence[EngineSpec], at_once: int) -> Iterator[list[Stand]]:
+        specs.extend(given)
+        yield [Stand(spec, gap_ms, asked) for spec, gap_ms in zip(given, (20.0, 16.0, 10.0, 8.0), strict=True)]
+
+    monkeypatch.setattr(tune_check, "running", running)
+    lineup = Lineup("target", "draft", Placement((0,), (1,)), observe=True)
+    candidates = {AS_IT_COMES: STARTS[0], "other": STARTS[3]}
+    ratios = tune_check.check(lineup, ["a", "b"], 3, candidates, 9, 1, lambda _: None)
+    names = [PLAIN, SEQUENTIAL, AS_IT_COMES, "other"]
+    assert asked == [f"{name} 1" for name in names] + tune_check.NUM_REPETITIONS * [f"{name} 2" for name in names]
+    assert {name: pytest.approx(one) for name, one in ratios.items()} == {
+        PLAIN: [1.0] * tune_check.NUM_REPETITIONS,
+        SEQUENTIAL: [1.25] * tune_check.NUM_REPETITIONS,
+        AS_IT_COMES: [2.0] * tune_check.NUM_REPETITIONS,
+        "other": [2.5] * tune_check.NUM_REPETITIONS,
+    }
+    assert not any(spec.observe for spec in specs)
+    assert [(spec.speculative or {}).get("policy") for spec in specs] == [None, None, "best_first", "pearl"]
+    assert [(spec.speculative or {}).get("num_speculative_tokens") for spec in specs] == [None, 3, 8, 8]
+
+
 def test_what_was_measured_in_words() -> None:
     text = tune.describe(made_up(Times(10.0, 2.0, 0.05, 0.1, overhead_ms=1.0)), study_of([[True, False] * 8]))
     assert "10.00 ms" in text and "adds 5.0%" in text and "adds 10.0%" in text and "c = 5.5" in text
@@ -304,9 +408,9 @@ def test_what_was_measured_and_tried_is_kept(
     assert told["verdict"]["method"] == "specbranch" and told["verdict"]["reason"] in text
     best = max(told["tried"], key=lambda one: one["speed_up"])
     # A value is not changed for a gain that is chance.
-    assert told["settings"] in [one["settings"] for one in told["tried"]]
+    assert told["settings"] in [one["settings"] for one in told["tried"]] and told["on_engines"] == {}
     assert {one["settings"].get("on_miss") for one in told["tried"]} >= {"go", "auto", "wait:2"}
-    assert told["rows"][0]["speed_up"] == 1.0 and best["speed_up"] <= told["rows"][-1]["speed_up"] + 1e-9
+    assert told["expected"][0]["speed_up"] == 1.0 and best["speed_up"] <= told["expected"][-1]["speed_up"] + 1e-9
     assert {"git_sha", "versions", "machine", "argv"} <= told.keys()
     written = json.loads((pair[0] / "specbranch.json").read_text())
     assert {"model": "draft", **told["settings"]} == written
