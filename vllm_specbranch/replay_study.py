@@ -6,6 +6,7 @@ Owns what recordings are made of, what is loaded for them, and the choice of the
 
 import copy
 import dataclasses
+import gc
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,7 @@ class Study:
         *,
         num_threads: int = 1,
         enforce_eager: bool = False,
+        kv_cache_bytes: int | None = None,
     ) -> "Study":
         """Load the draft model into this process.
 
@@ -89,6 +91,7 @@ class Study:
             draft: folder of the model.
             num_threads: of its forwards, on CPUs.
             enforce_eager: do not compile it: quicker start, slower replays.
+            kv_cache_bytes: of the draft model; None for what the device has left.
         """
         import torch
 
@@ -101,9 +104,19 @@ class Study:
             enforce_eager=enforce_eager,
             max_num_rows=MAX_NUM_ROWS,
             max_num_tokens=MAX_NUM_TOKENS,
+            kv_cache_bytes=kv_cache_bytes,
         )
         model = DraftModel.load(settings)
         return cls(model, model.num_blocks, model.block_size, recordings, batch_size)
+
+    def release(self) -> None:
+        """Let go of the draft model and its memory; nothing can be replayed any more, what was found out stays."""
+        import torch
+
+        del self._model, self._kv
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def with_classes(self, classes: Sequence[Sequence[int]] | None) -> "Study":
         """The same study with a length head.

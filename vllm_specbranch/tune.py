@@ -15,7 +15,7 @@ from vllm_specbranch.config import CONFIG_ENV, CONFIG_FILE_NAME, METHOD, SpecBra
 from vllm_specbranch.engine_settings import EngineSettings
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.lineup import Lineup, Placement, place, require_model
-from vllm_specbranch.measure import Engine, MeasureError, running
+from vllm_specbranch.measure import Engine, running
 from vllm_specbranch.prompts import default_prompts_path, read_prompts
 from vllm_specbranch.provenance import available_cores, gpus, provenance
 from vllm_specbranch.replay import Recording, Replayed
@@ -23,10 +23,10 @@ from vllm_specbranch.replay_bounds import acceptance, acceptance_by_position, co
 from vllm_specbranch.replay_study import TOKENS_BEYOND, Study, recordings_of
 from vllm_specbranch.replay_study import as_json as replay_as_json
 from vllm_specbranch.report import number, percent
-from vllm_specbranch.tune_check import PLAIN, SEQUENTIAL, check
+from vllm_specbranch.tune_check import check, sequential_name
 from vllm_specbranch.tune_measure import Measured, measure
-from vllm_specbranch.tune_report import AS_IT_COMES, BOUND, Report, label
-from vllm_specbranch.tune_search import STARTS, Search, Settings, Verdict, judge
+from vllm_specbranch.tune_report import AS_IT_COMES, BOUND, PLAIN, Report, label
+from vllm_specbranch.tune_search import STARTS, Search, Settings, Speeds, Verdict, judge
 
 PROBE_TOKENS = 8
 NUM_POSITIONS = 6
@@ -84,17 +84,22 @@ def run(settings: TuneSettings, write: Write) -> int:
         settings.batch_size,
         num_threads=max(1, len(lineup.placement.draft_cores)),
         enforce_eager=settings.enforce_eager,
+        kv_cache_bytes=settings.kv_cache_bytes,
     )
     write("\n" + describe(measured, study) + "\n\nSearching, by replaying what was recorded (times plain decoding):\n")
-    report = _checked(choose(measured, study, settings.seed, write), settings, lineup, texts, write)
+    found = choose(measured, study, settings.seed, write)
+    # Its device is the engines' now.
+    study.release()
+    report = _checked(found, settings, lineup, texts, write)
     verdict = _verdict(report, measured, study, lineup.placement)
     if settings.json_out is not None:
         told = as_json(settings, lineup, measured, study, report, verdict)
         settings.json_out.write_text(json.dumps(told, indent=1) + "\n")
     write("\n" + report.as_table() + "\n\n" + verdict.reason + "\n")
     if verdict.method != METHOD and not settings.always_write:
-        advice = report.draft_model_advice(lineup.draft) if verdict.method == SEQUENTIAL else ""
-        write(advice + f"Nothing was written (--always-write writes {out} all the same).\n")
+        advice = report.draft_model_advice(lineup.draft) if verdict.method == "draft_model" else ""
+        left = f"; {out} is from before and stays" if out.exists() else ""
+        write(advice + f"Nothing was written{left} (--always-write writes {out} all the same).\n")
         return 0
     _write_file(out, lineup.draft, report.candidates[report.best])
     write(f"Wrote {out}. Use it with:\n  {_usage(out, Path(lineup.target))}\n")
@@ -225,38 +230,46 @@ def choose(measured: Measured, study: Study, seed: int, write: Write) -> Report:
         write(f"  {speed:5.2f}  {label(settings)}{'  <- best so far' if is_best else ''}\n")
 
     found = Search(speed_of, seed, show).run()
-    gamma, own = study.best_sequential(measured.plain)
+    gamma, _ = study.best_sequential(measured.plain)
+    expected = {PLAIN: plain}
+    for one in (gamma, gamma + 1):
+        expected[sequential_name(one)] = study.best_sequential(measured.plain, [one])[1]
     candidates = {AS_IT_COMES: STARTS[0]}
-    expected = {PLAIN: plain, SEQUENTIAL: own, AS_IT_COMES: replays[label(STARTS[0])]}
+    expected[AS_IT_COMES] = replays[label(STARTS[0])]
     if found.settings != STARTS[0]:
         name = label(found.settings)
         candidates[name], expected[name] = found.settings, replays[name]
     bound = study.bound(measured.ours, 64)
     if bound is not None:
         expected[BOUND] = bound
-    return Report(gamma, expected, candidates, tried)
+    return Report((gamma, gamma + 1), expected, candidates, tried)
 
 
 def _checked(report: Report, settings: TuneSettings, lineup: Lineup, texts: Sequence[str], write: Write) -> Report:
-    """The report with what engines make of its candidates; without, if one of the engines fails."""
-    try:
-        ratios = check(lineup, texts, report.gamma, report.candidates, settings.max_tokens, settings.batch_size, write)
-    except MeasureError as error:
-        write(f"Could not be checked on engines: {error}\nWhat follows is what replays expect.\n")
-        return report
-    return replace(report, ratios=ratios)
+    """The report with what engines make of it."""
+    if len(texts) < settings.batch_size:
+        write(f"\n{len(texts)} prompts never fill a batch of {settings.batch_size}: give more, or --num-prompts.\n")
+    ratios = check(lineup, texts, report.gammas, report.candidates, settings.max_tokens, settings.batch_size, write)
+    found = replace(report, ratios=ratios)
+    if not found.is_checked:
+        write("Nothing could be checked on engines. What follows is what replays expect.\n")
+    return found
 
 
 def _verdict(report: Report, measured: Measured, study: Study, places: Placement) -> Verdict:
+    gamma = report.best_gamma
+    speeds = Speeds(
+        report.speed(report.best),
+        None if gamma is None else report.speed(sequential_name(gamma)),
+        gamma,
+        min(report.ratios[report.best]) if report.is_checked else None,
+    )
     return judge(
-        ours=report.speed(report.best),
-        sequential=report.speed(SEQUENTIAL),
-        gamma=report.gamma,
+        speeds,
         acceptance=acceptance(study.agreements),
         c=measured.ours.c,
         runs_on=places.describe(with_draft=True),
         alone_on=places.describe(with_draft=False),
-        is_measured=bool(report.ratios),
     )
 
 
@@ -283,7 +296,7 @@ def as_json(
         "tried": [{"settings": one, "speed_up": speed} for one, speed in report.tried],
         "expected": [{"name": name, **replay_as_json(one, plain)} for name, one in report.expected.items()],
         "on_engines": {name: list(ratios) for name, ratios in report.ratios.items()},
-        "draft_model_tokens": report.gamma,
+        "draft_model_tokens": report.best_gamma,
         "settings": report.candidates[report.best],
         "verdict": asdict(verdict),
     }

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 
 from vllm_specbranch.replay import Replayed
 from vllm_specbranch.report import number, percent, table
-from vllm_specbranch.tune_check import PLAIN, SEQUENTIAL, Ratios
+from vllm_specbranch.tune_check import Ratios, sequential_name
 from vllm_specbranch.tune_search import Settings
 
-AS_IT_COMES, BOUND = "specbranch as it comes", "every outcome guessed (no policy can do more)"
+PLAIN, AS_IT_COMES = "plain vLLM", "specbranch as it comes"
+BOUND = "every outcome guessed (no policy can do more)"
 
 
 def label(settings: Settings) -> str:
@@ -33,27 +34,41 @@ class Report:
     """What the search found, and what it is held against.
 
     Attributes:
-        gamma: draft tokens of `draft_model`.
+        gammas: draft tokens of `draft_model`: its best by replays, and one more.
         expected: by name, what replays and calculations say; plain decoding first.
         candidates: settings of specbranch by name: as it comes, and the best that the search found.
         tried: speed of all settings that were replayed, relative to plain decoding.
-        ratios: what engines made of `PLAIN`, `SEQUENTIAL` and the candidates; empty if they could not be run.
+        ratios: what engines made of `draft_model` and the candidates; without those that could not be run.
     """
 
-    gamma: int
+    gammas: Sequence[int]
     expected: Mapping[str, Replayed]
     candidates: Mapping[str, Settings]
     tried: Sequence[tuple[Settings, float]]
     ratios: Ratios = field(default_factory=dict)
 
     @property
+    def is_checked(self) -> bool:
+        """Whether an engine has run a candidate: what engines say and what replays expect is never compared."""
+        return any(name in self.ratios for name in self.candidates)
+
+    @property
     def best(self) -> str:
-        """The name of the quickest candidate: on engines, if they were run."""
-        return max(self.candidates, key=self.speed)
+        """The name of the quickest candidate."""
+        return max((name for name in self.candidates if self._counts(name)), key=self.speed)
+
+    @property
+    def best_gamma(self) -> int | None:
+        """Draft tokens that `draft_model` was quickest with; None if no engine could run it."""
+        known = [gamma for gamma in self.gammas if self._counts(sequential_name(gamma))]
+        return max(known, key=lambda gamma: self.speed(sequential_name(gamma)), default=None)
+
+    def _counts(self, name: str) -> bool:
+        return name in self.ratios or not self.is_checked
 
     def speed(self, name: str) -> float:
-        """Relative to plain decoding: the median of the runs, or what is expected."""
-        if name in self.ratios:
+        """Relative to plain decoding: the median of the runs, or what is expected where no candidate was run."""
+        if self.is_checked:
             return statistics.median(self.ratios[name])
         return self.expected[PLAIN].time_s / self.expected[name].time_s
 
@@ -62,7 +77,7 @@ class Report:
         plain = self.expected[PLAIN]
         cells = []
         for name, one in self.expected.items():
-            ratios = self.ratios.get(name)
+            ratios = self.ratios.get(name) if self.is_checked else None
             cells.append(
                 [
                     self._words(name),
@@ -77,13 +92,9 @@ class Report:
         return table(headers, cells)
 
     def _words(self, name: str) -> str:
-        if name == SEQUENTIAL:
-            return f"vLLM draft_model, {self.gamma} draft tokens (its best by replays)"
-        if name in self.candidates and name != AS_IT_COMES:
-            return f"specbranch: {name}"
-        return "plain vLLM" if name == PLAIN else name
+        return f"specbranch: {name}" if name in self.candidates and name != AS_IT_COMES else name
 
     def draft_model_advice(self, draft: str) -> str:
         """How to use vLLM's own method."""
-        own = {"method": SEQUENTIAL, "model": draft, "num_speculative_tokens": self.gamma}
+        own = {"method": "draft_model", "model": draft, "num_speculative_tokens": self.best_gamma}
         return f"Use: --speculative-config '{json.dumps(own)}'\n"

@@ -127,40 +127,52 @@ class Verdict:
     reason: str
 
 
-def judge(
-    *,
-    ours: float,
-    sequential: float,
-    gamma: int,
-    acceptance: float,
-    c: float,
-    runs_on: str,
-    alone_on: str,
-    is_measured: bool = False,
-) -> Verdict:
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """What is judged, relative to plain decoding.
+
+    Attributes:
+        ours, sequential: of specbranch and of `draft_model`; None for a `draft_model` that cannot be run.
+        gamma: draft tokens of `draft_model`.
+        least: of the runs of specbranch, the slowest; None where nothing was run: the speeds are those of replays.
+    """
+
+    ours: float
+    sequential: float | None
+    gamma: int | None
+    least: float | None = None
+
+
+def judge(speeds: Speeds, *, acceptance: float, c: float, runs_on: str, alone_on: str) -> Verdict:
     """Decide what is worth having.
 
     Args:
-        ours, sequential: speed of specbranch and of `draft_model`, relative to plain decoding.
-        gamma: draft tokens of `draft_model`.
         acceptance: chance that a drafted token is the target's, 0..1.
         c: draft steps in one target round.
         runs_on, alone_on: cores or devices of specbranch, and of the other two, in words.
-        is_measured: whether the speeds are those of engines, not of replays.
     """
-    verb, basis = ("decoded", "in the median of these runs") if is_measured else ("should decode", "by replays")
+    ours, sequential = speeds.ours, speeds.sequential or 0.0
+    own = f"draft_model {sequential:.2f} times" if speeds.sequential else "draft_model could not be run"
     if ours >= MIN_SPEED_UP * max(1.0, sequential):
-        return Verdict(
-            "specbranch",
-            f"specbranch {verb} {ours:.2f} times as fast as plain vLLM for this pair, {basis}, and draft_model, at its best with "
-            f"{gamma} draft tokens, {sequential:.2f} times. specbranch runs on {runs_on}, the other two on {alone_on}.",
+        verb, basis = (
+            ("should decode", "by replays") if speeds.least is None else ("decoded", "in the median of these runs")
         )
+        own_best = f"draft_model with {speeds.gamma} draft tokens {sequential:.2f} times" if speeds.sequential else own
+        reason = (
+            f"specbranch {verb} {ours:.2f} times as fast as plain vLLM for this pair, {basis}, and {own_best}. specbranch runs on "
+            f"{runs_on}, the other two on {alone_on}."
+        )
+        if speeds.least is not None and speeds.least <= 1.0:
+            reason += (
+                f" But once it was {speeds.least:.2f} times: run this again on a quieter machine, or with more prompts."
+            )
+        return Verdict("specbranch", reason)
     if sequential >= MIN_SPEED_UP:
         return Verdict(
             "draft_model",
-            f"vLLM's own draft_model with {gamma} draft tokens is better for this pair: {sequential:.2f} times plain decoding, "
-            f"specbranch {ours:.2f} times (at least {MIN_SPEED_UP:.2f} times as much would pay for its devices: it runs on "
-            f"{runs_on}, draft_model on {alone_on}).",
+            f"vLLM's own draft_model with {speeds.gamma} draft tokens is better for this pair: {sequential:.2f} times plain "
+            f"decoding, specbranch {ours:.2f} times (at least {MIN_SPEED_UP:.2f} times as much would pay for its devices: it runs "
+            f"on {runs_on}, draft_model on {alone_on}).",
         )
     why = []
     if c < 3:
@@ -170,6 +182,5 @@ def judge(
     because = " and ".join(why) or "what drafting saves is lost again to its overhead"
     return Verdict(
         "plain",
-        f"Speculation is not worth it for this pair: {because} (specbranch {ours:.2f} times "
-        f"plain decoding, draft_model {sequential:.2f} times).",
+        f"Speculation is not worth it for this pair: {because} (specbranch {ours:.2f} times plain decoding, {own}).",
     )

@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 
 from tests.model_paths import DRAFT, TARGET
 from vllm_specbranch.config import SpecBranchConfig
-from vllm_specbranch.tune_check import NUM_REPETITIONS, PLAIN, SEQUENTIAL
+from vllm_specbranch.tune_check import NUM_REPETITIONS
 
 TUNE_TIMEOUT_S = 900
 
@@ -34,9 +34,9 @@ def test_tune_measures_searches_checks_and_writes(tmp_path: Path) -> None:
     print(done.stdout)
     found = json.loads(told.read_text())
     medians = {name: sorted(ratios)[NUM_REPETITIONS // 2] for name, ratios in found["on_engines"].items()}
-    assert list(medians)[:2] == [PLAIN, SEQUENTIAL] and medians[PLAIN] == 1.0
-    ours = {name: median for name, median in medians.items() if name not in (PLAIN, SEQUENTIAL)}
-    assert 1 <= len(ours) <= 2 and all(median > 0.0 for median in medians.values())
+    ours = {name: median for name, median in medians.items() if "draft_model" not in name}
+    assert 1 <= len(ours) <= 2 and len(medians) == len(ours) + 2
+    assert "token ids identical" in done.stdout and "answers differ" not in done.stdout
     written = json.loads(out.read_text())
     config = SpecBranchConfig.from_user(written)
     assert Path(config.model) == Path(DRAFT)

@@ -146,7 +146,7 @@ ROOMS = {
     "weaken": room("errors made_models", "torch"),
     "train_head": ANYTHING,
     "tune": ANYTHING,
-    "tune_check": room("lineup measure"),
+    "tune_check": room("config lineup measure measure_messages"),
     "tune_measure": room("measure_messages replay"),
     "tune_report": room("replay report tune_check tune_search"),
     "tune_search": room(),

@@ -20,10 +20,10 @@ from vllm_specbranch.measure import MeasureError
 from vllm_specbranch.measure_messages import EngineSpec, Forward, RequestTrace, RunResult
 from vllm_specbranch.replay import Times
 from vllm_specbranch.replay_study import Study
-from vllm_specbranch.tune_check import PLAIN, SEQUENTIAL, Ratios
+from vllm_specbranch.tune_check import Ratios, sequential_name
 from vllm_specbranch.tune_measure import Measured, fit, measure, medians_ms
 from vllm_specbranch.tune_report import AS_IT_COMES
-from vllm_specbranch.tune_search import KEYS, STARTS, VALUES, Found, Search, Settings, judge
+from vllm_specbranch.tune_search import KEYS, STARTS, VALUES, Found, Search, Settings, Speeds, judge
 
 # --- measurements ----------------------------------------------------------------------------------------------------
 
@@ -175,6 +175,9 @@ def test_what_is_searched_are_settings() -> None:
                 SpecBranchConfig.from_user({"model": "draft", **start, key: value})
 
 
+PLACES = {"runs_on": "core 0 + core 1", "alone_on": "core 0"}
+
+
 @pytest.mark.parametrize(
     ("ours", "sequential", "c", "alpha", "method", "said"),
     [
@@ -186,15 +189,25 @@ def test_what_is_searched_are_settings() -> None:
         (1.3, 1.5, 8.0, 0.9, "draft_model", "draft_model with 4 draft tokens is better"),
         (1.301, 1.3, 8.0, 0.9, "draft_model", "it runs on core 0 + core 1, draft_model on core 0"),
         (1.36, 1.3, 8.0, 0.9, "draft_model", "1.05 times as much"),
-        (1.37, 1.3, 8.0, 0.9, "specbranch", "draft_model, at its best with 4 draft tokens, 1.30 times"),
+        (1.37, 1.3, 8.0, 0.9, "specbranch", "draft_model with 4 draft tokens 1.30 times"),
         (1.5, 1.3, 8.0, 0.9, "specbranch", "1.50 times"),
         (1.5, 0.7, 8.0, 0.9, "specbranch", "runs on core 0 + core 1, the other two on core 0"),
     ],
 )
 def test_the_verdict(ours: float, sequential: float, c: float, alpha: float, method: str, said: str) -> None:
-    places = {"runs_on": "core 0 + core 1", "alone_on": "core 0"}
-    verdict = judge(ours=ours, sequential=sequential, gamma=4, acceptance=alpha, c=c, **places)
+    verdict = judge(Speeds(ours, sequential, 4), acceptance=alpha, c=c, **PLACES)
     assert verdict.method == method and said in verdict.reason
+
+
+def test_the_verdict_says_what_it_stands_on() -> None:
+    good = {"acceptance": 0.9, "c": 8.0, **PLACES}
+    assert "should decode 1.50 times" in judge(Speeds(1.5, 1.2, 2), **good).reason
+    measured = judge(Speeds(1.5, 1.2, 2, least=1.3), **good).reason
+    assert "decoded 1.50 times" in measured and "median of these runs" in measured and "But" not in measured
+    assert "But once it was 0.90 times" in judge(Speeds(1.5, 1.2, 2, least=0.9), **good).reason
+    for ours, method in ((1.5, "specbranch"), (1.01, "plain")):
+        verdict = judge(Speeds(ours, None, None, least=1.0), **good)
+        assert verdict.method == method and "draft_model could not be run" in verdict.reason
 
 
 # --- all of it, on made-up measurements ------------------------------------------------------------------------------
@@ -224,19 +237,18 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def no_engines(*_: Any) -> Ratios:
-    raise MeasureError("none here")
+    return {}
 
 
-def engines_say(plain: float, sequential: float, as_it_comes: float, found: float) -> Callable[..., Ratios]:
-    """A check with these medians."""
+def engines_say(sequential: float | None, as_it_comes: float | None, found: float | None) -> Callable[..., Ratios]:
+    """A check with these medians; None for what fails."""
 
-    def check(_: Any, __: Any, gamma: int, candidates: dict[str, Settings], *___: Any) -> Ratios:
-        assert gamma >= 1 and next(iter(candidates)) == AS_IT_COMES
-        speeds = [plain, sequential, as_it_comes, found]
-        return {
-            name: [speed - 0.1, speed, speed + 0.2]
-            for name, speed in zip((PLAIN, SEQUENTIAL, *candidates), speeds, strict=True)
-        }
+    def check(_: Any, __: Any, gammas: Sequence[int], candidates: dict[str, Settings], *___: Any) -> Ratios:
+        assert len(gammas) == 2 and next(iter(candidates)) == AS_IT_COMES
+        slower = None if sequential is None else sequential - 0.1
+        names = [sequential_name(gammas[0]), sequential_name(gammas[1]), *candidates]
+        speeds = zip(names, (slower, sequential, as_it_comes, found), strict=True)
+        return {name: [speed - 0.1, speed, speed + 0.2] for name, speed in speeds if speed is not None}
 
     return check
 
@@ -318,74 +330,98 @@ def test_engines_have_the_last_word_on_which_settings(
 ) -> None:
     """What the search found is expected to be quicker than the defaults, and was not."""
     told = tmp_path / "told.json"
-    code, text = tuned(
-        pair, monkeypatch, GOOD, Times(10.0, 1.0), "--json", str(told), check=engines_say(1.0, 1.1, 1.5, 1.4)
-    )
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), "--json", str(told), check=engines_say(1.1, 1.5, 1.4))
     assert code == 0 and "specbranch decoded 1.50 times" in text and "1.50x (1.40 to 1.70)" in text
     written = json.loads((pair[0] / "specbranch.json").read_text())
     assert written == {"model": "draft", **STARTS[0]}
     kept = json.loads(told.read_text())
-    assert kept["settings"] == STARTS[0] and kept["on_engines"][SEQUENTIAL] == pytest.approx([1.0, 1.1, 1.3])
-    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(1.0, 1.1, 1.5, 1.6))
+    gamma = kept["draft_model_tokens"]
+    assert kept["settings"] == STARTS[0]
+    assert kept["on_engines"][sequential_name(gamma)] == pytest.approx([1.0, 1.1, 1.3])
+    assert f"draft_model with {gamma} draft tokens 1.10 times" in text
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(1.1, 1.5, 1.6))
     assert json.loads((pair[0] / "specbranch.json").read_text()) != written and "decoded 1.60 times" in text
 
 
 def test_engines_have_the_last_word_on_whether_it_pays(
     pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(1.0, 0.9, 1.02, 1.04))
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(0.9, 1.02, 1.04))
     assert code == 0 and "not worth it" in text and "specbranch 1.04 times" in text
-    assert not (pair[0] / "specbranch.json").exists()
-    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(1.0, 1.3, 1.02, 1.04))
+    file = pair[0] / "specbranch.json"
+    assert not file.exists() and "from before" not in text
+    file.write_text("{}")
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(1.3, 1.02, 1.04))
     assert "draft_model with" in text and "1.30 times plain decoding" in text
+    assert file.read_text() == "{}" and f"{file} is from before and stays" in text
 
 
-def test_what_cannot_be_checked_is_said_to_be_expected(
-    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0))
-    assert code == 0 and "Could not be checked on engines: none here" in text
-    assert "should decode" in text and "by replays" in text
+def test_what_fails_on_engines_is_left_out(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(None, 1.2, None))
+    assert code == 0 and "decoded 1.20 times" in text and "draft_model could not be run" in text
+    assert json.loads((pair[0] / "specbranch.json").read_text()) == {"model": "draft", **STARTS[0]}
+    # What engines say of one is never held against what replays expect of the other.
+    code, text = tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), check=engines_say(5.0, None, None))
+    assert "Nothing could be checked on engines" in text and "should decode" in text and "5.00" not in text
+
+
+def test_a_batch_that_is_never_full_is_told(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--batch-size", "16", "--num-prompts", "2")
+    assert "2 prompts never fill a batch of 16" in tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0), *words)[1]
+    assert "never fill" not in tuned(pair, monkeypatch, GOOD, Times(10.0, 1.0))[1]
 
 
 class Stand:
     """In the place of an engine: decodes at a given pace, and writes down when it was asked."""
 
-    def __init__(self, spec: EngineSpec, gap_ms: float, asked: list[str]) -> None:
-        self.spec, self._gap_ms, self._asked = spec, gap_ms, asked
+    def __init__(self, spec: EngineSpec, asked: list[str]) -> None:
+        self.spec, self._asked = spec, asked
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[1]] * len(texts)
 
     def run(self, prompts: Sequence[Sequence[int]], *_: int) -> RunResult:
         self._asked.append(f"{self.spec.name} {len(prompts)}")
-        return result(self._gap_ms)
+        speculative = self.spec.speculative or {}
+        gap_ms = {None: 20.0, "draft_model": 16.0, "specbranch": 10.0}[speculative.get("method")]
+        is_alone = speculative.get("policy") == "fanout"
+        counted = {"num_rounds": 0.0 if is_alone else 9.0} if speculative.get("policy") else {}
+        found = result(gap_ms, server_counters=counted)
+        if speculative.get("policy") == "pearl":
+            found.requests[0].token_ids[3] = -1
+        return found
 
 
-def test_engines_are_checked_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    specs: list[EngineSpec] = []
+def test_each_alternative_is_run_beside_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
+    specs: list[EngineSpec] = []
+    said: list[str] = []
 
     @contextmanager
-    def running(given: Sequence[EngineSpec], at_once: int) -> Iterator[list[Stand]]:
+    def running(given: Sequence[EngineSpec]) -> Iterator[list[Stand]]:
+        if given[1].name == sequential_name(4):
+            raise MeasureError("no memory")
         specs.extend(given)
-        yield [Stand(spec, gap_ms, asked) for spec, gap_ms in zip(given, (20.0, 16.0, 10.0, 8.0), strict=True)]
+        yield [Stand(spec, asked) for spec in given]
 
     monkeypatch.setattr(tune_check, "running", running)
     lineup = Lineup("target", "draft", Placement((0,), (1,)), observe=True)
-    candidates = {AS_IT_COMES: STARTS[0], "other": STARTS[3]}
-    ratios = tune_check.check(lineup, ["a", "b"], 3, candidates, 9, 1, lambda _: None)
-    names = [PLAIN, SEQUENTIAL, AS_IT_COMES, "other"]
-    assert asked == [f"{name} 1" for name in names] + tune_check.NUM_REPETITIONS * [f"{name} 2" for name in names]
-    assert {name: pytest.approx(one) for name, one in ratios.items()} == {
-        PLAIN: [1.0] * tune_check.NUM_REPETITIONS,
-        SEQUENTIAL: [1.25] * tune_check.NUM_REPETITIONS,
-        AS_IT_COMES: [2.0] * tune_check.NUM_REPETITIONS,
-        "other": [2.5] * tune_check.NUM_REPETITIONS,
+    candidates = {AS_IT_COMES: STARTS[0], "other": STARTS[3], "alone": STARTS[2]}
+    ratios = tune_check.check(lineup, ["a", "b", "c"], (3, 4), candidates, 9, 2, said.append)
+    times = tune_check.NUM_REPETITIONS
+    assert {name: list(map(pytest.approx, one)) for name, one in ratios.items()} == {
+        sequential_name(3): [1.25] * times,
+        AS_IT_COMES: [2.0] * times,
+        "other": [2.0] * times,
     }
+    own = sequential_name(3)
+    in_turn = (["plain 3", f"{own} 3", f"{own} 3", "plain 3"] * times)[: 2 * times]
+    assert asked[: 2 + 2 * times] == ["plain 2", f"{own} 2", *in_turn]
     assert not any(spec.observe for spec in specs)
-    assert [(spec.speculative or {}).get("policy") for spec in specs] == [None, None, "best_first", "pearl"]
-    assert [(spec.speculative or {}).get("num_speculative_tokens") for spec in specs] == [None, 3, 8, 8]
+    lines = "".join(said).splitlines()
+    assert any("no memory" in line for line in lines) and any("without drafts" in line for line in lines)
+    assert any(AS_IT_COMES in line and "identical" in line for line in lines)
+    assert any("other" in line and f"{times} of {times} answers differ" in line for line in lines)
 
 
 def test_what_was_measured_in_words() -> None:
