@@ -117,6 +117,11 @@ def _take_cores(cores: tuple[int, ...]) -> None:
 
 
 def _load(config: SpecBranchConfig, settings: StandaloneSettings) -> SharedDraftServer:
+    import torch
+
+    if config.draft_cpu_cores:
+        # The environment comes too late for an OpenMP that was preloaded, as vLLM's images do: it has counted all cores.
+        torch.set_num_threads(len(config.draft_cpu_cores))
     model = DraftModel.load(
         DraftModelSettings(
             model=config.model,

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.e2e.conftest import MAX_MODEL_LEN, RunEngine, last_core
 from tests.model_paths import DRAFT, REPOSITORY
@@ -43,7 +44,12 @@ class Server:
         words += ["--dtype", "float32", "--cores", str(last_core()[0]), "--max-model-len", str(MAX_MODEL_LEN)]
         with self._log.open("w") as stream:
             command = [sys.executable, "-m", "vllm_specbranch.cli", *words]
-            self.process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, cwd=REPOSITORY)
+            # As in images and shells where vLLM has been: OpenMP is there before the server says how many threads it wants.
+            (openmp,) = (Path(torch.__file__).parent / "lib").glob("libgomp*.so*")
+            environment = {**os.environ, "LD_PRELOAD": str(openmp)}
+            self.process = subprocess.Popen(
+                command, stdout=stream, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=environment
+            )
         until = time.monotonic() + READY_S
         while f"draft server ready at {self.address}" not in self.log:
             assert self.process.poll() is None and time.monotonic() < until, self.log

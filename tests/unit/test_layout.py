@@ -137,7 +137,8 @@ ROOMS = {
     "speculative_config": room("config draft_check errors head_check keys plugin", "pydantic vllm"),
     "standalone": room(
         "addresses config draft_identity draft_loop draft_main draft_model draft_sessions draft_work errors keys kv_blocks "
-        "transport"
+        "transport",
+        "torch",
     ),
     "stat_logger": room("metrics", "vllm"),
     "target_head": room("errors head_features length_head metrics", "numpy torch"),
