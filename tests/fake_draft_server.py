@@ -19,7 +19,8 @@ from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.rates import Rates
 from vllm_specbranch.transport import bind
 
-OFFER = Offer("identity", "float32", 4)
+# Fewer requests than a real one admits: the fake model is pure Python.
+OFFER = Offer("identity", "float32", 4, max_requests=64)
 
 
 def main() -> None:

@@ -73,7 +73,7 @@ server_messages: st.SearchStrategy[ServerMessage] = st.one_of(
     st.builds(Ready, identifiers, sizes, sizes, sizes),
     st.builds(Refused, identifiers, text, st.booleans()),
     st.builds(Farewell, text),
-    st.builds(DraftBatch, counts, st.booleans(), few(drafts), few(identifiers), st.none() | reports),
+    st.builds(DraftBatch, counts, st.booleans(), few(drafts), few(identifiers), st.none() | reports, st.booleans()),
     st.builds(
         Status,
         counts,

@@ -29,6 +29,7 @@ VERSION = bytes([messages.PROTOCOL_VERSION])
 NUM_BLOCKS = 96
 VOCAB_SIZE = 50
 MAX_MODEL_LEN = 200
+MAX_REQUESTS = 24
 TERMS = Terms("identity", "float32", 4)
 PEERS = [bytes([0, number]) for number in range(12)]
 NAMES = ["a", "b", "c", "unknown", "", *(f"request {number}" for number in range(40))]
@@ -43,7 +44,7 @@ def make_shared_server(clock: Callable[[], float]) -> SharedDraftServer:
     """A real server; small in everything, so that its limits are reached."""
     config = SpecBranchConfig.from_user({"model": "draft", "num_speculative_tokens": 4, "max_branches": 4})
     model = FakeDraftModel(NUM_BLOCKS, BLOCK_SIZE, vocab_size=VOCAB_SIZE, max_model_len=MAX_MODEL_LEN)
-    offer = Offer("identity", "float32", 4)
+    offer = Offer("identity", "float32", 4, max_requests=MAX_REQUESTS)
     server = make_server(config, model, KVBlocks(NUM_BLOCKS, BLOCK_SIZE), Limits(), clock, offer=offer)
     assert isinstance(server, SharedDraftServer)
     return server
@@ -192,7 +193,7 @@ class Fuzzer:
         self.to_server = [one for one in self.corpus if is_for_server(one)]
         self.channel = Scripted()
         self.link = DraftLink(
-            RemoteServer("tcp://fuzz:1", clock=self.clock),
+            RemoteServer(["tcp://fuzz:1"], clock=self.clock),
             vocab_size=VOCAB_SIZE,
             max_model_len=MAX_MODEL_LEN,
             counters=EngineCounters(),

@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_specbranch import __version__
-from vllm_specbranch.config import parse_cores
+from vllm_specbranch import __version__, setting_values
 from vllm_specbranch.errors import ConfigError, SpecBranchError
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -49,8 +48,8 @@ def _engine_settings(args: argparse.Namespace) -> dict[str, Any]:
         "prompts": args.prompts,
         "max_tokens": args.max_tokens,
         "dtype": args.dtype,
-        "target_cores": parse_cores(args.target_cores, "--target-cores") if args.target_cores else None,
-        "draft_cores": parse_cores(args.draft_cores, "--draft-cores") if args.draft_cores else None,
+        "target_cores": setting_values.cores(args.target_cores, "--target-cores") if args.target_cores else None,
+        "draft_cores": setting_values.cores(args.draft_cores, "--draft-cores") if args.draft_cores else None,
         "max_model_len": args.max_model_len,
         "kv_cache_bytes": int(args.kv_cache_gib * 2**30),
         "enforce_eager": args.enforce_eager,
@@ -149,12 +148,14 @@ def _draft_server(args: argparse.Namespace) -> int:
     twice = sorted(set(given) & set(args.settings))
     if twice:
         raise ConfigError(args.settings[twice[0]], "given once: by its flag or in --settings", twice[0])
+    limits = {"max_engines": args.max_engines, "max_requests": args.max_requests}
     settings = standalone.StandaloneSettings(
         bind=args.bind,
         keys=args.keys,
         draft=args.settings | given,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
+        **{name: limit for name, limit in limits.items() if limit is not None},
     )
     return standalone.run(settings, _write)
 
@@ -323,6 +324,8 @@ def _add_draft_server(server: argparse.ArgumentParser) -> None:
     add("--max-model-len", type=count, metavar="N", help="longest sequence to draft for (default: the model's context)")
     add("--cores", metavar="LIST", help="CPU cores to use, such as 0-3 (default: all)")
     add("--kv-cache-gib", type=_gibibytes, metavar="GIB", help="KV cache of the draft model (default: fits the device)")
+    add("--max-engines", type=count, metavar="N", help="refuse further engines beyond so many (default 256)")
+    add("--max-requests", type=count, metavar="N", help="of one engine at a time; others get no drafts (default 256)")
     add("--enforce-eager", action="store_true", help="do not compile: quicker start, slower run")
     add("--trust-remote-code", action="store_true", help="let the model bring its own code")
     add(

@@ -22,14 +22,18 @@ from vllm_specbranch import messages
 from vllm_specbranch.draft_server import DraftServer, Reply
 from vllm_specbranch.draft_steps import Batch
 from vllm_specbranch.errors import WireError
+from vllm_specbranch.message_turns import MessageTurns
 from vllm_specbranch.token_tree import Candidates
 from vllm_specbranch.transport import ServerEndpoint
 
 logger = logging.getLogger("vllm.specbranch.draft_loop")
 
 IDLE_WAIT_MS = 500.0
-# Messages taken in before drafting goes on: more than all engines have to say at once, and no flood keeps the server from working.
-MOST_MESSAGES = 256
+# How long messages are received before one is handled, and handled before drafting goes on: no flood keeps the server from work.
+RECEIVE_S = 0.002
+TURN_S = 0.005
+# Of so many engines it is measured how long their answers take; one that went in the middle of a round would stay for ever.
+MAX_TIMED = 1024
 # A forward that takes this long never ends: the device hangs. What has been silent for so long is killed by the engine as well.
 LONGEST_FORWARD_S = 10.0
 # Exit status of a process whose forward hangs; its supervisor starts another.
@@ -141,33 +145,68 @@ def _serve_by_turns(server: DraftServer, post: "_Post") -> None:
 
 
 class _Post:
-    """What comes in and what goes out, and how long the engines wait for it in between."""
+    """What comes in and what goes out, whose turn it is, and how long the engines wait for it in between."""
 
     def __init__(self, server: DraftServer, endpoint: ServerEndpoint) -> None:
         self._server = server
         self._endpoint = endpoint
-        # By engine: when the commit batch was taken in that has no reply yet.
+        self._turns = MessageTurns()
+        # By engine: when the turn of the commit batch came that has no reply yet.
         self._taken_s: dict[bytes, float] = {}
 
     def take_in(self, wait_ms: float) -> None:
-        """Handle the messages that have arrived, after waiting for the first; answer at once what can be."""
-        for index in range(MOST_MESSAGES):
-            received = self._endpoint.recv(0.0 if index else wait_ms)
-            if received is None:
+        """Handle messages, after waiting for the first, for about `TURN_S`; answer at once what can be."""
+        self._collect(0.0 if self._turns.is_waiting else wait_ms)
+        until_s = time.perf_counter() + TURN_S
+        while (taken := self._turns.take()) is not None:
+            peer, message, self._server.came_s, self._server.key = taken
+            started_s = time.perf_counter()
+            self._handle(peer, message, started_s)
+            now_s = time.perf_counter()
+            self._turns.charge(peer, now_s - started_s)
+            if now_s >= until_s:
                 return
+            self._collect(0.0)
+
+    def _collect(self, wait_ms: float) -> None:
+        """Let what has arrived wait for its turn; if nothing has, wait for it."""
+        began_s = started_s = time.perf_counter()
+        received = self._endpoint.recv(0.0)
+        if received is None and wait_ms > 0.0:
+            received = self._endpoint.recv(wait_ms)
+            self._turns.caught_up()
+            began_s = started_s = time.perf_counter()
+        while received is not None:
             peer, message = received
-            is_batch = isinstance(message, messages.CommitBatch)
-            taken_s = time.perf_counter()
-            if is_batch:
-                self._taken_s[peer] = taken_s
-            try:
-                replies = self._server.handle(peer, message)
-            except WireError as error:
-                replies = [(peer, self._server.refuse(error))]
-                self._taken_s.pop(peer, None)
-            if is_batch:
-                self._server.counters.handling_us += _us_since(taken_s)
-            self.send(replies)
+            now_s = time.perf_counter()
+            # A long message has taken its time already.
+            self._turns.charge(peer, now_s - started_s)
+            has_session = self._server.has_session(peer)
+            for overrun in self._turns.put(peer, message, self._endpoint.key, has_session=has_session):
+                self.send(self._server.overrun(overrun))
+            if now_s - began_s > RECEIVE_S:
+                return
+            started_s = now_s
+            received = self._endpoint.recv(0.0)
+        self._turns.caught_up()
+
+    def _handle(self, peer: bytes, message: messages.EngineMessage, started_s: float) -> None:
+        is_batch = isinstance(message, messages.CommitBatch)
+        if is_batch:
+            self._note_taken(peer, started_s)
+        try:
+            replies = self._server.handle(peer, message)
+        except WireError as error:
+            replies = [(peer, self._server.refuse(error))]
+            self._taken_s.pop(peer, None)
+        if is_batch:
+            self._server.counters.handling_us += _us_since(started_s)
+        self.send(replies)
+
+    def _note_taken(self, peer: bytes, started_s: float) -> None:
+        self._taken_s[peer] = started_s
+        if len(self._taken_s) > MAX_TIMED:
+            del self._taken_s[next(iter(self._taken_s))]
 
     def send(self, replies: Iterable[Reply]) -> None:
         """Send replies; on those that end a round rides how the server stands."""
@@ -178,7 +217,8 @@ class _Post:
                 self._server.counters.num_malformed_messages = self._endpoint.num_dropped
                 self._server.counters.num_flood_messages = self._endpoint.num_refused
                 reply = msgspec.structs.replace(reply, report=self._server.report(peer))
-            self._endpoint.send(peer, reply)
+            if not self._endpoint.send(peer, reply):
+                self._server.lost(peer)
 
 
 def _us_since(started_s: float) -> int:

@@ -27,6 +27,7 @@ from vllm_specbranch.draft_sessions import Offer, SharedDraftServer
 from vllm_specbranch.draft_steps import Model
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import ConfigError
+from vllm_specbranch.keys import load_server_keys
 from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.placement import EXIT_CONFIG, ServerSpec
 from vllm_specbranch.planner import Planner
@@ -37,7 +38,7 @@ logger = logging.getLogger("vllm.specbranch.draft_main")
 PARENT_CHECK_S = 2.0
 
 
-def _end_with_parent(address: str, parent: int) -> None:
+def _end_with_parent(directory: Path, parent: int) -> None:
     """Wait for the lifeline to close, then end this process at once, even in the middle of a load or a draft step.
 
     The parent's pid is watched too: a fork of the parent may hold the lifeline open beyond its death.
@@ -46,7 +47,7 @@ def _end_with_parent(address: str, parent: int) -> None:
         readable, _, _ = select.select([sys.stdin], [], [], PARENT_CHECK_S)
         if readable and not os.read(sys.stdin.fileno(), 1024):
             break
-    shutil.rmtree(Path(ipc_path(address)).parent, ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)
     os._exit(0)
 
 
@@ -64,7 +65,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
     spec = ServerSpec.from_json(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, args=(spec.address, parent), name="lifeline", daemon=True).start()
+    directory = Path(spec.keys) if spec.keys else Path(ipc_path(spec.address)).parent
+    threading.Thread(target=_end_with_parent, args=(directory, parent), name="lifeline", daemon=True).start()
     try:
         _serve(spec)
     except ConfigError as error:
@@ -76,7 +78,7 @@ def _serve(spec: ServerSpec) -> None:
     if spec.cores:
         _take_cores(spec.cores)
     # Bound before the model loads: what the engine sends meanwhile is answered then.
-    endpoint = bind(spec.address)
+    endpoint = bind(spec.address, load_server_keys(spec.keys) if spec.keys else None)
     try:
         model = DraftModel.load(spec.model)
         kv = KVBlocks(model.num_blocks, model.block_size)

@@ -10,6 +10,7 @@ from vllm_specbranch.draft_request import DraftRequest
 from vllm_specbranch.load_gate import LoadGate
 from vllm_specbranch.messages import CommitBatch
 from vllm_specbranch.metrics import DraftServerCounters
+from vllm_specbranch.planner import Planner
 
 # Weight of the newest value in the running means; short, because batch sizes change within tens of rounds.
 MEAN_WEIGHT = 0.1
@@ -74,14 +75,18 @@ class Peer:
     """One engine: its open reply, and how fast it has been.
 
     Attributes:
+        planner: the policy, with what has been learned of this engine's target.
         wants_top_probs: as its `Hello` said.
         gate: whether a length head that is learned while serving pays here.
         load: whether speculation pays under the present load.
         tally: what its metrics are made from; outlasts a `Hello`.
+        is_full: it has open as much as it may; some that it opened were turned away, and none has been closed since.
     """
 
+    planner: Planner
     wants_top_probs: bool = False
     tally: Tally = field(default_factory=Tally)
+    is_full: bool = False
     pending: PendingReply | None = None
     last_commit_s: float | None = None
     token_s: float = 0.0

@@ -1,9 +1,11 @@
 """What gives way when the draft KV cache is full. Decides order only. Pure Python, draft server process.
 
+Of several engines the one that holds most gives (`fair_shares.who_gives`), among its own requests in this order:
+
     narrow    all requests keep one branch
     shorten   the request committed longest ago gives back what was drafted for it; its trunk keeps its KV
     evict     the request committed longest ago gives back all
-    give up   nobody else has anything to give: the least valuable row is left out, and a last one that does not fit is shortened
+    give up   none of them has anything to give: the least valuable row is left out, and a last one that does not fit is shortened
 
 Each is counted. None of them forgets a token of a chain that has been drawn (see `DraftRequest.evict`), and what has been shortened
 or evicted is drafted for again after its next commit.
@@ -20,7 +22,7 @@ def relieve(requests: Collection[DraftRequest], needed: set[int], counters: Draf
     """Free some blocks by the first measure that applies: narrow all requests to one branch, else shorten one, else evict one.
 
     Args:
-        requests: all requests, the one committed longest ago first.
+        requests: all requests of one engine, the one committed longest ago first.
         needed: `id`s of the requests that the blocks are wanted for; they are neither shortened nor evicted.
         counters: updated.
 
@@ -44,22 +46,25 @@ def relieve(requests: Collection[DraftRequest], needed: set[int], counters: Draf
     return False
 
 
-def give_up(work: list[Work], counters: DraftServerCounters) -> list[Work]:
+def give_up(work: list[Work], engine: bytes, counters: DraftServerCounters) -> list[Work]:
     """Without any other request that could give blocks: leave out a row; when even the last one does not fit, rest its request.
 
     Args:
-        work: rows that do not fit, the most valuable first; the last one is taken out.
+        work: rows that do not fit, the most valuable of each engine first.
+        engine: whose last row is left out.
         counters: updated.
 
     Returns:
         The rest of `work`.
     """
-    last = work.pop().request
-    if not work:
+    index = max(index for index, one in enumerate(work) if one.request.engine == engine)
+    last = work[index].request
+    rest = work[:index] + work[index + 1 :]
+    if not rest:
         if last.has_kv(last.tree.root):
             last.shorten()
             counters.num_shortenings += 1
         else:
             last.evict()
             counters.num_evictions += 1
-    return work
+    return rest

@@ -17,6 +17,7 @@ from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
 from vllm_specbranch.messages import Draft, Sampling
 from vllm_specbranch.metrics import DraftServerCounters
 from vllm_specbranch.online_head import Example
+from vllm_specbranch.planner import Planner
 from vllm_specbranch.token_tree import Candidates, CommitResult, TokenTree
 
 
@@ -26,6 +27,7 @@ class DraftRequest:
     Args:
         tokens: the committed tokens so far (the prompt, or the whole history after a restart); at least one.
         kv: the block pool, shared by all requests of the server.
+        planner: the policy, with what has been learned of its engine's target.
         sequence_ids: gives a fresh sequence id at each `next`; shared likewise.
         sampling: how its drafts are drawn; None for greedy ones.
         random_number: gives the number of a random stream for (key, hash of the prefix).
@@ -35,11 +37,13 @@ class DraftRequest:
         self,
         tokens: Sequence[int],
         kv: KVBlocks,
+        planner: Planner,
         sequence_ids: Iterator[int],
         sampling: Sampling | None = None,
         random_number: RandomNumber = uniform,
     ) -> None:
         self.tree = TokenTree(tokens)
+        self.planner = planner
         self.sampling = sampling
         # Least chance of acceptance that is worth a token's verification, as things stand (see `Planner.chunk`).
         self.price = 0.0
@@ -50,7 +54,8 @@ class DraftRequest:
         self.examples: list[Example] = []
         # Gave its drafted KV back; until its next commit nothing more is drafted for it.
         self.is_shortened = False
-        # Of the engine that it belongs to.
+        # The engine that it belongs to, and that engine's counters.
+        self.engine = b""
         self.counters = DraftServerCounters()
         self._random_number = random_number
         self._kv = kv
@@ -86,6 +91,13 @@ class DraftRequest:
     def block_ids(self) -> set[int]:
         """The KV blocks that it holds, those that its branches share once."""
         return {block for sequence in self._owned.values() for block in self._kv.block_ids(sequence)}
+
+    @property
+    def num_blocks(self) -> int:
+        """How many KV blocks it holds."""
+        if len(self._owned) > 1:
+            return len(self.block_ids())
+        return sum(-(-self._kv.num_tokens(sequence) // self._kv.block_size) for sequence in self._owned.values())
 
     def sequence(self, leaf: int) -> int:
         """The KV sequence of a leaf."""

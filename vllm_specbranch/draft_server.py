@@ -16,7 +16,7 @@ from vllm_specbranch.draft_request import DraftRequest
 from vllm_specbranch.draft_steps import Batch, DraftSteps, Key
 from vllm_specbranch.draft_work import MAX_DECODE_TOKENS
 from vllm_specbranch.errors import WireError
-from vllm_specbranch.planner import Chunk, WaitCosts
+from vllm_specbranch.planner import Chunk, Planner, WaitCosts
 from vllm_specbranch.token_tree import Candidates
 
 logger = logging.getLogger("vllm.specbranch.draft_server")
@@ -24,6 +24,8 @@ logger = logging.getLogger("vllm.specbranch.draft_server")
 # Of so many rounds, in so many one request is drafted for although the price of verification is above its worth.
 SCOUT_PERIOD = 128
 SCOUT_ROUNDS = 8
+
+OVERRUN = "this engine sends faster than its messages can be taken in"
 
 Reply = tuple[bytes, messages.ServerMessage]
 
@@ -33,6 +35,11 @@ class DraftServer(DraftSteps):
 
     Args:
         args, kwargs: those of `DraftSteps`.
+
+    Attributes:
+        is_stopping: whether the serving loop is to end.
+        came_s: by the server's clock, the earliest time at which the message that is handled may have come.
+        key: of who sent the message that is handled; the same empty one for all where there are no keys.
     """
 
     takes_messages_in_flight = True
@@ -41,6 +48,8 @@ class DraftServer(DraftSteps):
         super().__init__(*args, **kwargs)
         self._peers: dict[bytes, Peer] = {}
         self.is_stopping = False
+        self.came_s = math.inf
+        self.key = ""
 
     # --- messages ---------------------------------------------------------------------------------------------------------
 
@@ -59,15 +68,32 @@ class DraftServer(DraftSteps):
                 self._commit_batch(peer, message)
                 return self.replies_due()
             case messages.StatusQuery():
-                return [(peer, self._status(message.query))]
+                return [(peer, self._status(peer, message.query))]
             case messages.Shutdown():
                 self.is_stopping = True
         return []
 
+    def overrun(self, peer: bytes) -> list[Reply]:
+        """An engine has sent more than could be taken in, some of it is lost: it has to begin anew."""
+        for key in [key for key in self._requests if key[0] == peer]:
+            self._close(key)
+        if peer in self._peers:
+            self._peers[peer].pending = None
+        return [(peer, messages.Farewell(OVERRUN))]
+
+    def has_session(self, peer: bytes) -> bool:
+        """Whether an engine has been admitted; who started this server is, whatever it says."""
+        del peer
+        return True
+
+    def lost(self, peer: bytes) -> None:
+        """A reply could not be sent: the engine is gone, or reads no more. The next one may find another at its other end."""
+
     def _greet(self, peer: bytes, hello: messages.Hello) -> list[Reply]:
         for key in [key for key in self._requests if key[0] == peer]:
             self._close(key)
-        self._peers[peer] = Peer(hello.wants_top_probs, self._meet(peer).tally)
+        known = self._meet(peer)
+        self._peers[peer] = Peer(known.planner, hello.wants_top_probs, known.tally)
         if hello.vocab_size != self._model.vocab_size:
             reason = f"the target's vocabulary has {hello.vocab_size} tokens, the draft's {self._model.vocab_size}"
             return [(peer, messages.Refused(hello.session, reason, True))]
@@ -78,8 +104,13 @@ class DraftServer(DraftSteps):
         """What is known of an engine, which may be new."""
         known = self._peers.get(peer)
         if known is None:
-            known = self._peers[peer] = Peer(tally=Tally(others=self.counters.as_dict()))
+            tally = Tally(others=self.counters.as_dict())
+            known = self._peers[peer] = Peer(self._planner_of_newcomer(), tally=tally)
         return known
+
+    def _planner_of_newcomer(self) -> Planner:
+        """What an engine that is new here begins with: where there is but one, it is that one, by another connection."""
+        return self._planner
 
     def _begin_step(self, peer: bytes, message: messages.StepBegin) -> None:
         for request_id in message.closes:
@@ -89,10 +120,11 @@ class DraftServer(DraftSteps):
         for opened in message.opens:
             key = (peer, opened.request_id)
             self._close(key)
-            self._requests[key] = DraftRequest(
-                opened.tokens, self.kv, self._sequence_ids, opened.sampling, self._random_number
+            engine = self._meet(peer)
+            request = self._requests[key] = DraftRequest(
+                opened.tokens, self.kv, engine.planner, self._sequence_ids, opened.sampling, self._random_number
             )
-            self._requests[key].counters = self._meet(peer).tally.counters
+            request.engine, request.counters = peer, engine.tally.counters
 
     def refuse(self, error: WireError) -> messages.Failure:
         """Count and log a message that was not taken in; returns the answer to it."""
@@ -114,7 +146,7 @@ class DraftServer(DraftSteps):
             self._check_tokens(commit.tokens)
         peer = self._meet(peer_id)
         now_s = self._clock()
-        head = self._planner.online_head
+        head = peer.planner.online_head
         peer.observe_round(
             now_s,
             message,
@@ -122,7 +154,9 @@ class DraftServer(DraftSteps):
             is_catching_up=self._is_catching_up(peer_id, message.commits),
         )
         slack_s = message.pace.slack_us / 1e6 if message.pace else 0.0
-        pending = PendingReply(message.round, {}, [], now_s + message.max_wait_ms / 1e3, now_s + slack_s)
+        # The engine counts from when it sent this: a server that was busy meanwhile has less time left, or none.
+        came_s = min(now_s, self.came_s)
+        pending = PendingReply(message.round, {}, [], came_s + message.max_wait_ms / 1e3, came_s + slack_s)
         prices = self._prices(peer, message.commits)
         for commit, price in zip(message.commits, prices, strict=True):
             hit = self._commit((peer_id, commit.request_id), commit, price, asks_online_head=peer.gate.is_on)
@@ -145,7 +179,7 @@ class DraftServer(DraftSteps):
         Where speculation does not pay, one request at a time is still drafted for now and then: how often its drafts are accepted
         may change. Where no drafting at all was measured to be faster, nothing is worth its price.
         """
-        if not self._planner.weighs_load:
+        if not peer.planner.weighs_load:
             return [0.0] * len(commits)
         if not peer.load.is_on:
             for counters in (self.counters, peer.tally.counters):
@@ -160,7 +194,7 @@ class DraftServer(DraftSteps):
         return prices
 
     def _commit(self, key: Key, commit: messages.Commit, price: float, *, asks_online_head: bool) -> bool | None:
-        request = self._requests.pop(key, None)
+        request = self._requests.get(key)
         if request is None:
             return None
         request.price, request.length_class = price, commit.head_class
@@ -170,10 +204,10 @@ class DraftServer(DraftSteps):
         line, num_nodes = self._main_line(request), len(tree)
         result = request.commit(commit.position, commit.tokens)
         if result is None:
-            request.evict()
+            self._close(key)
             return None
         # The requests are kept in the order of their last commit: the first is the first to be evicted.
-        self._requests[key] = request
+        self._requests[key] = self._requests.pop(key)
         self._count(request, result.hit, result.num_matched, line, num_nodes - len(tree))
         if not self._fits(request):
             request.evict()
@@ -188,15 +222,15 @@ class DraftServer(DraftSteps):
         if commit.position != tree.num_tokens:
             request.examples.clear()
             return
-        if self._planner.online_head is not None:
-            self._planner.online_head.observe(
+        if request.planner.online_head is not None:
+            request.planner.online_head.observe(
                 request.examples, tree, commit.tokens, commit.num_draft_tokens, is_sampled=request.is_sampled
             )
         node = tree.node(tree.root)
         for index, token in enumerate(commit.tokens):
             if node.candidates is None:
                 return
-            self._planner.acceptance.observe(
+            request.planner.acceptance.observe(
                 node.candidates,
                 token,
                 is_sampled=request.is_sampled,
@@ -231,13 +265,18 @@ class DraftServer(DraftSteps):
         num_blocks = -(-(request.tree.num_tokens + 1) // self.kv.block_size)
         return request.tree.num_tokens < self._model.max_model_len and num_blocks <= self.kv.num_blocks
 
-    def _status(self, query: int) -> messages.Status:
+    def _counters_for(self, peer_id: bytes) -> dict[str, int]:
+        """What an engine that asks is told."""
+        del peer_id
+        return self.counters.as_dict()
+
+    def _status(self, peer_id: bytes, query: int) -> messages.Status:
         timings = {f"step_{rows}_rows": 1e6 * value for rows, value in sorted(self._timings.step_s_by_rows.items())}
         for index, peer in enumerate(self._peers.values()):
             timings[f"peer_{index}_token"] = 1e6 * peer.token_s
             timings[f"peer_{index}_verification_token"] = 1e6 * peer.verification.slope_s
         return messages.Status(
-            query, len(self._requests), self.kv.num_held, self.kv.num_blocks, self.counters.as_dict(), timings
+            query, len(self._requests), self.kv.num_held, self.kv.num_blocks, self._counters_for(peer_id), timings
         )
 
     def report(self, peer_id: bytes) -> messages.Report | None:
@@ -267,7 +306,7 @@ class DraftServer(DraftSteps):
             if request is None or request.is_resting:
                 continue
             chunk = self._open_chunk(request)
-            if not self._planner.wants_more(chunk, hit=hit) or self._is_at_the_end(request, chunk.end):
+            if not request.planner.wants_more(chunk, hit=hit) or self._is_at_the_end(request, chunk.end):
                 continue
             if request.num_pending(chunk.end) <= MAX_DECODE_TOKENS:
                 growing.append((request, chunk))
@@ -279,7 +318,7 @@ class DraftServer(DraftSteps):
         if not growing:
             return []
         now_s = self._clock()
-        step_s = self._growth_s([request.num_pending(chunk.end) for request, chunk in growing], now_s)
+        step_s = self._growth_s(peer_id, [request.num_pending(chunk.end) for request, chunk in growing], now_s)
         if now_s + step_s > pending.deadline_s:
             return []
         peer = self._peers[peer_id]
@@ -288,12 +327,12 @@ class DraftServer(DraftSteps):
         costs = WaitCosts(
             max(0.0, delay_s),
             peer.token_s,
-            self._planner.acceptance.mean,
+            peer.planner.acceptance.mean,
             max(1, len(pending.hits)),
             peer.verification_s / one_s if one_s and peer.verification_s else math.inf,
-            peer.price if self._planner.weighs_load else 0.0,
+            peer.price if peer.planner.weighs_load else 0.0,
         )
-        if not self._planner.worth_waiting([chunk for _, chunk in growing], costs):
+        if not peer.planner.worth_waiting([chunk for _, chunk in growing], costs):
             return []
         return [(request, chunk.end) for request, chunk in growing]
 
@@ -332,15 +371,15 @@ class DraftServer(DraftSteps):
             if request is None:
                 continue
             request.chunk_end = self._open_chunk(request).end
-            self._planner.branching.revalue(request.tree, request.chunk_end, is_sampled=request.is_sampled)
+            request.planner.branching.revalue(request.tree, request.chunk_end, is_sampled=request.is_sampled)
             drafts.append(request.draft(request_id, hit, with_top_probs=with_top_probs))
             self._expect(request)
             self._grow(request)
-        return messages.DraftBatch(pending.round, True, drafts, pending.unknown)
+        return messages.DraftBatch(pending.round, True, drafts, pending.unknown, None, self._peers[peer_id].is_full)
 
     def _expect(self, request: DraftRequest) -> None:
         """Note what was known of a chunk that goes out, for the head that is learned while serving."""
-        head = self._planner.online_head
+        head = request.planner.online_head
         example = None if head is None else head.example(request.tree, is_sampled=request.is_sampled)
         if example is not None:
             request.examples.append(example)

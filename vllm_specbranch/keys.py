@@ -109,6 +109,25 @@ def make_client_keys(directory: str | Path, server: str | Path) -> list[Path]:
     return _write_all(root, files | {admitted: _text(public)})
 
 
+def make_keys_for(directory: str | Path, client: bytes) -> bytes:
+    """Make a server's pair that admits one client, whose pair was made elsewhere.
+
+    Args:
+        directory: new, or empty and for its owner alone.
+        client: the client's public key, 40 characters of Z85.
+
+    Returns:
+        The server's public key. The secret one stays in the directory.
+
+    Raises:
+        ConfigError: as of `make_keys`.
+    """
+    root = Path(directory)
+    public, secret = zmq.curve_keypair()
+    _write_all(root, {root / SERVER_SECRET: _text(public, secret), root / CLIENT_PUBLIC: _text(client)})
+    return public
+
+
 def load_server_keys(directory: str | Path, field_name: str = "--keys") -> ServerKeys:
     """Read a server's keys.
 

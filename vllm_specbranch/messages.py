@@ -17,7 +17,7 @@ import msgspec
 
 from vllm_specbranch.errors import VersionError, WireError
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024  # 3.3 million tokens at msgpack's 5 bytes each; includes the version byte.
 MAX_ENTRIES = 4096  # Requests named in one list of a message; four times vLLM's largest default of max_num_seqs.
 MAX_ID_LENGTH = 256  # Characters of a request id or session name.
@@ -35,6 +35,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=_MAX_INT64)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=_MAX_INT32)]
 DurationMs = Annotated[float, msgspec.Meta(ge=0.0, le=60_000.0)]
 SomeTokens = Annotated[list[Token], msgspec.Meta(min_length=1)]
+TokensOfARound = Annotated[list[Token], msgspec.Meta(min_length=1, max_length=MAX_CHUNK + 1)]
 Identifier = Annotated[str, msgspec.Meta(max_length=MAX_ID_LENGTH)]
 # As in vLLM, which is greedy below; a logit divided by much less is no number any more.
 Temperature = Annotated[float, msgspec.Meta(ge=1e-5, le=2.0)]
@@ -93,7 +94,7 @@ class Commit(_Wire, frozen=True):
 
     request_id: Identifier
     position: Position
-    tokens: SomeTokens
+    tokens: TokensOfARound
     num_draft_tokens: Count
     head_class: LengthClass | None
 
@@ -283,6 +284,7 @@ class DraftBatch(_Wire, frozen=True):
         drafts: one entry per request that is drafted for.
         unknown: ids that the batch named and the server does not know (it restarted, say).
         report: on what is final, when it comes over a socket.
+        is_full: the engine has open as much as it may: those of `unknown` are turned away until others of its requests are closed.
     """
 
     round: Count
@@ -290,6 +292,7 @@ class DraftBatch(_Wire, frozen=True):
     drafts: Drafts
     unknown: RequestIds
     report: Report | None = None
+    is_full: bool = False
 
 
 class Status(_Wire, frozen=True):
@@ -300,7 +303,7 @@ class Status(_Wire, frozen=True):
         num_requests: open requests.
         num_blocks_held: KV blocks in use.
         num_blocks: KV blocks in all.
-        counters: event counts since the server started.
+        counters: event counts since the server started; of a server that engines share, those of `Report`.
         timings_us: durations in microseconds, by name.
     """
 

@@ -39,6 +39,7 @@ class Rates:
 
     Attributes:
         num_dropped: messages of peers that were too fast.
+        source: the peer that was asked about last; empty before the first.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Rates:
         self._clock = clock
         self._sources: OrderedDict[str, _Source] = OrderedDict()
         self.num_dropped = 0
+        self.source = ""
 
     @property
     def num_sources(self) -> int:
@@ -60,6 +62,7 @@ class Rates:
 
     def admits(self, source: str, num_bytes: int) -> bool:
         """Take a message into account. False: it is to be dropped, because its sender is or was too fast."""
+        self.source = source
         now_s = self._clock()
         known = self._sources.pop(source, None)
         if known is None:

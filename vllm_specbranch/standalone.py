@@ -17,7 +17,7 @@ from vllm_specbranch.draft_identity import draft_identity
 from vllm_specbranch.draft_loop import serve
 from vllm_specbranch.draft_main import make_server
 from vllm_specbranch.draft_model import DraftModel, DraftModelSettings
-from vllm_specbranch.draft_sessions import Offer, SharedDraftServer
+from vllm_specbranch.draft_sessions import MAX_ENGINES, MAX_REQUESTS_PER_ENGINE, Offer, SharedDraftServer
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.keys import INSECURE, ServerSecurity, load_server_keys
@@ -44,6 +44,7 @@ class StandaloneSettings:
         keys: directory of keys; None for the word `insecure`.
         draft: keys of `speculative_config`, as a user gives them.
         dtype: of the draft model; engines with another are refused.
+        max_engines, max_requests: most engines at a time, and most open requests of one.
     """
 
     bind: str
@@ -51,6 +52,8 @@ class StandaloneSettings:
     draft: Mapping[str, object]
     dtype: str = "auto"
     trust_remote_code: bool = False
+    max_engines: int = MAX_ENGINES
+    max_requests: int = MAX_REQUESTS_PER_ENGINE
 
 
 def run(settings: StandaloneSettings, write: Callable[[str], None]) -> int:
@@ -96,7 +99,7 @@ def _draft_settings(given: Mapping[str, object]) -> SpecBranchConfig:
         ConfigError: one that cannot be, or that is not for a server that engines share.
     """
     config = SpecBranchConfig.from_user(given)
-    if config.is_remote:
+    if config.draft_placement != "process":
         raise ConfigError(config.draft_placement, "unset: it belongs to the engine", "draft_placement")
     if config.deterministic:
         raise ConfigError(True, "false: what several engines share cannot be the same at every run", "deterministic")
@@ -137,7 +140,13 @@ def _load(config: SpecBranchConfig, settings: StandaloneSettings) -> SharedDraft
             max_num_tokens=MAX_STEP_TOKENS,
         )
     )
-    offer = Offer(draft_identity(model.path), model.dtype, config.num_speculative_tokens)
+    offer = Offer(
+        draft_identity(model.path),
+        model.dtype,
+        config.num_speculative_tokens,
+        settings.max_engines,
+        settings.max_requests,
+    )
     limits = Limits(MAX_ROWS, MAX_STEP_TOKENS, MAX_STEP_TOKENS // 2)
     server = make_server(config, model, KVBlocks(model.num_blocks, model.block_size), limits, offer=offer)
     assert isinstance(server, SharedDraftServer)

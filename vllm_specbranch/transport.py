@@ -28,9 +28,9 @@ from vllm_specbranch.messages import EngineMessage, ServerMessage
 from vllm_specbranch.rates import Rates
 from vllm_specbranch.zmq_port import (
     QUEUE_LENGTH,
+    ClientPort,
     Frames,
     IpcServerPort,
-    Port,
     TcpServerPort,
     check_security,
     set_client_options,
@@ -81,6 +81,10 @@ class ServerEndpoint(Protocol):
     def num_refused(self) -> int:
         """Messages thrown away unread because their senders were too fast."""
 
+    @property
+    def key(self) -> str:
+        """Which key has proved to be that of the sender that `recv` named last; the same empty one for all without keys."""
+
     def recv(self, timeout_ms: float) -> tuple[bytes, EngineMessage] | None:
         """The next message and its sender, or None after `timeout_ms` in all; 0 or less takes only what has arrived."""
 
@@ -116,7 +120,7 @@ def connect(address: str, security: ClientSecurity | None = None) -> ClientChann
         check_security(address, security, ClientKeys)
     else:
         ipc_path(address)
-    return _Client(Port(zmq.DEALER, start, address), address)
+    return _Client(ClientPort(start, address), address)
 
 
 def bind(address: str, security: ServerSecurity | None = None, rates: Rates | None = None) -> ServerEndpoint:
@@ -142,8 +146,10 @@ def bind(address: str, security: ServerSecurity | None = None, rates: Rates | No
         return _Server(IpcServerPort(start, address), address)
     check_security(address, security, ServerKeys)
     assert security is not None
-    port = TcpServerPort(start, address, security, rates)
-    return _Server(port, port.address)
+    asked = Rates() if rates is None else rates
+    port = TcpServerPort(start, address, security, asked)
+    # The rates are asked about each message before it is handed over, by its sender's key where there are keys.
+    return _Server(port, port.address, (lambda: asked.source) if isinstance(security, ServerKeys) else None)
 
 
 def memory_pair() -> tuple[ClientChannel, ServerEndpoint]:
@@ -290,7 +296,7 @@ class _Client(_Channel[ServerMessage]):
 class _Server(_Channel[tuple[bytes, EngineMessage]]):
     """`ServerEndpoint` over a link."""
 
-    def __init__(self, link: _Link, name: str) -> None:
+    def __init__(self, link: _Link, name: str, key_of_last: Callable[[], str] | None = None) -> None:
         def read(frames: Frames) -> tuple[bytes, EngineMessage]:
             try:
                 return frames[0], messages.decode_for_server(_only(frames[1:]))
@@ -301,10 +307,15 @@ class _Server(_Channel[tuple[bytes, EngineMessage]]):
 
         super().__init__(link, read, f"the draft server's end of {name}")
         self.address = name
+        self._key_of_last = key_of_last
 
     @property
     def num_refused(self) -> int:
         return self._link.num_refused
+
+    @property
+    def key(self) -> str:
+        return "" if self._key_of_last is None else self._key_of_last()
 
     def watch(self, descriptor: int) -> None:
         self._link.watch(descriptor)

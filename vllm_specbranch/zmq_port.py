@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import stat
+import threading
 from collections.abc import Callable, Sequence
 
 import zmq
@@ -28,9 +29,11 @@ QUEUE_LENGTH = 64
 _MAX_POLL_MS = 2**31 - 1
 _RECONNECT_MS = 50  # A connection attempt to a missing file takes microseconds.
 _MAX_RECONNECT_MS = 500
-# A host that is gone sends no farewell: a connection on which nothing has come for this long, heartbeats included, is cut.
-_HEARTBEAT_MS = 1000
-_HEARTBEAT_TIMEOUT_MS = 5000
+# A host that is gone sends no farewell: the system asks an idle connection after so many seconds whether it is there, and cuts it
+# when so much later nothing has come. Not libzmq's heartbeats: 4.3.5 ends its whole process at one of them when the connection
+# has broken while what had come over it was not read yet and filled the queue.
+_KEEP_ALIVE_S = 1
+_KEEP_ALIVE_PROBES = 5
 # A stranger that connects and says nothing; and an address that swallows what is sent there.
 _HANDSHAKE_MS = 5000
 _CONNECT_MS = 2000
@@ -116,6 +119,25 @@ class Port:
         """Lets go of the socket; what has not left within `linger_ms` is lost. Again does nothing."""
         self._closed = True
         self._context.destroy(linger=linger_ms)
+
+
+class ClientPort(Port):
+    """An engine's socket, which goes on with its work while it is closed.
+
+    Raises:
+        WireError: libzmq or the system refuses.
+    """
+
+    def __init__(self, start: Callable[[_Socket], object], address: str) -> None:
+        super().__init__(zmq.DEALER, start, address)
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Also lets go of the context, on another thread: libzmq may be waiting in there for the name of a host, for seconds."""
+        if self._closed:
+            return
+        self._closed = True
+        self._socket.close(linger=linger_ms)
+        threading.Thread(target=self._context.term, name="close port", daemon=True).start()
 
 
 class IpcServerPort(Port):
@@ -241,10 +263,13 @@ def check_security(address: str, security: object, kind: type) -> None:
 
 
 def _set_tcp_options(port: _Socket, host: str) -> None:
-    port.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
-    port.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
-    port.setsockopt(zmq.HEARTBEAT_TTL, _HEARTBEAT_TIMEOUT_MS)
     port.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+    port.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    port.setsockopt(zmq.TCP_KEEPALIVE_IDLE, _KEEP_ALIVE_S)
+    port.setsockopt(zmq.TCP_KEEPALIVE_INTVL, _KEEP_ALIVE_S)
+    port.setsockopt(zmq.TCP_KEEPALIVE_CNT, _KEEP_ALIVE_PROBES)
+    # The same for what was sent and is not confirmed.
+    port.setsockopt(zmq.TCP_MAXRT, 1000 * _KEEP_ALIVE_S * _KEEP_ALIVE_PROBES)
     if ":" in host:
         port.setsockopt(zmq.IPV6, 1)
 

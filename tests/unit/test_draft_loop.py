@@ -4,7 +4,9 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +17,11 @@ from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_loop import serve
 from vllm_specbranch.draft_main import make_server
 from vllm_specbranch.draft_model import Row
-from vllm_specbranch.draft_server import DraftServer
+from vllm_specbranch.draft_server import OVERRUN, DraftServer
+from vllm_specbranch.draft_sessions import NO_SESSION, Offer
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.kv_blocks import BlockCopy, KVBlocks
+from vllm_specbranch.message_turns import MOST_WAITING
 from vllm_specbranch.token_tree import Candidates
 from vllm_specbranch.transport import ClientChannel, ServerEndpoint, bind, connect, memory_pair
 
@@ -208,6 +212,117 @@ def test_a_message_that_breaks_the_server_thread_ends_the_server(monkeypatch: py
     client.send(messages.Hello("s", 50, 500, False, None))
     with pytest.raises(ZeroDivisionError):
         serve(server, endpoint)
+
+
+@dataclass
+class Scripted:
+    """An endpoint at which everything has arrived already."""
+
+    arrived: list[tuple[bytes, messages.EngineMessage]]
+    sent: list[tuple[bytes, messages.ServerMessage]] = field(default_factory=list)
+    unsendable: set[bytes] = field(default_factory=set)
+    num_dropped: int = 0
+    num_refused: int = 0
+    key: str = ""
+
+    def recv(self, timeout_ms: float) -> tuple[bytes, messages.EngineMessage] | None:
+        assert self.arrived or not timeout_ms, "nothing waits while messages do"
+        if not self.arrived:
+            return None
+        self.key = f"key of {self.arrived[0][0].decode()}"
+        return self.arrived.pop(0)
+
+    def send(self, peer: bytes, message: messages.ServerMessage) -> bool:
+        self.sent.append((peer, message))
+        return peer not in self.unsendable
+
+
+def take_in(
+    arrived: list[tuple[bytes, messages.EngineMessage]], unsendable: Sequence[bytes] = ()
+) -> tuple[Any, Scripted]:
+    model = FakeDraftModel(64, BLOCK_SIZE)
+    offer = Offer("identity", "float32", 4)
+    config = SpecBranchConfig.from_user({"model": "draft", "num_speculative_tokens": 4})
+    server = make_server(config, model, KVBlocks(64, BLOCK_SIZE), Limits(), offer=offer)
+    hello = messages.Hello("s", 50, 500, False, messages.Terms("identity", "float32", 4))
+    for peer in (b"one", b"two"):
+        server.handle(peer, hello)
+        server.handle(peer, messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    endpoint = Scripted(arrived, unsendable=set(unsendable))
+    post = draft_loop._Post(server, endpoint)  # type: ignore[arg-type]
+    while endpoint.arrived or post._turns.is_waiting:
+        post.take_in(0.0)
+    return server, endpoint
+
+
+def test_an_engine_with_many_messages_does_not_make_anothers_wait() -> None:
+    many = [(b"one", messages.StatusQuery(number)) for number in range(MOST_WAITING)]
+    _, endpoint = take_in([*many, (b"two", messages.StatusQuery(0))])
+    assert len(endpoint.sent) == MOST_WAITING + 1
+    assert b"two" in [peer for peer, _ in endpoint.sent[:2]]
+
+
+def test_an_engine_that_overruns_the_server_has_to_begin_anew() -> None:
+    many = [(b"one", messages.StatusQuery(number)) for number in range(MOST_WAITING + 1)]
+    server, endpoint = take_in([*many, (b"two", messages.StatusQuery(0))])
+    assert endpoint.sent[0] == (b"one", messages.Farewell(OVERRUN))
+    assert [peer for peer, _ in endpoint.sent[1:]] == [b"two"]
+    assert {key[0] for key in server._requests} == {b"two"}
+
+
+def test_a_session_is_known_to_be_of_the_key_that_asked_for_it() -> None:
+    hello = messages.Hello("s", 50, 500, False, messages.Terms("identity", "float32", 4))
+    server, _ = take_in([(b"three", hello), (b"four", hello), (b"three", messages.StatusQuery(0))])
+    assert {peer: server._keys[peer] for peer in (b"three", b"four")} == {
+        b"three": "key of three",
+        b"four": "key of four",
+    }
+
+
+def test_who_has_no_session_does_not_fill_the_memory() -> None:
+    large = messages.StepBegin([messages.Open("a", [1] * 90_000, None)], [])
+    server, endpoint = take_in([(b"three", large), (b"three", large), (b"one", messages.StatusQuery(0))])
+    assert endpoint.sent[0] == (b"three", messages.Farewell(NO_SESSION)), "at once, and nothing of it waits"
+    assert [peer for peer, _ in endpoint.sent] == [b"three", b"one"]
+    assert server.num_sessions == 2
+
+
+def test_an_engine_whose_replies_cannot_be_sent_loses_its_session() -> None:
+    server, endpoint = take_in([(b"one", messages.StatusQuery(0)), (b"one", messages.StatusQuery(1))], [b"one"])
+    assert isinstance(endpoint.sent[1][1], messages.Farewell)
+    assert {key[0] for key in server._requests} == {b"two"}
+
+
+def test_what_engines_are_still_owed_when_they_vanish_is_not_kept_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draft_loop, "MAX_TIMED", 4)
+    batch = messages.CommitBatch(1, 0.0, [messages.Commit("a", 3, [1], 0, None)], None)
+    server = make_server(
+        SpecBranchConfig.from_user({"model": "draft"}),
+        FakeDraftModel(64, BLOCK_SIZE),
+        KVBlocks(64, BLOCK_SIZE),
+        Limits(),
+        offer=Offer("identity", "float32", 4),
+    )
+    endpoint = Scripted([(f"{number}".encode(), batch) for number in range(20)])
+    post = draft_loop._Post(server, endpoint)  # type: ignore[arg-type]
+    while endpoint.arrived or post._turns.is_waiting:
+        post.take_in(0.0)
+    assert len(endpoint.sent) == 20 and len(post._taken_s) == 4, (
+        "none has a session, so none has an answer to its batch"
+    )
+
+
+def test_the_plain_server_forgets_the_requests_of_an_engine_that_overran_it() -> None:
+    server = make_server(
+        SpecBranchConfig.from_user({"model": "draft"}),
+        FakeDraftModel(64, BLOCK_SIZE),
+        KVBlocks(64, BLOCK_SIZE),
+        Limits(),
+    )
+    for peer in (b"one", b"two"):
+        server.handle(peer, messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    assert server.overrun(b"one") == [(b"one", messages.Farewell(OVERRUN))]
+    assert [key[0] for key in server._requests] == [b"two"]
 
 
 def test_every_reply_says_how_the_server_stands(ends: tuple[ClientChannel, ServerEndpoint]) -> None:

@@ -28,7 +28,7 @@ def test_words_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main([*WORDS, "--insecure"]) == 0
     assert seen[0] == StandaloneSettings("tcp://127.0.0.1:0", None, {"model": "draft"})
     more = "--keys k --num-speculative-tokens 4 --dtype bfloat16 --max-model-len 99 --cores 0-1 --kv-cache-gib 0.5 --enforce-eager"
-    more += " --trust-remote-code --settings"
+    more += " --trust-remote-code --max-engines 3 --max-requests 64 --settings"
     assert cli.main([*WORDS, *more.split(), '{"policy": "pearl"}']) == 0
     draft: dict[str, Any] = {
         "model": "draft",
@@ -39,7 +39,7 @@ def test_words_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
         "draft_kv_cache_bytes": 1 << 29,
         "enforce_eager": True,
     }
-    assert seen[1] == StandaloneSettings("tcp://127.0.0.1:0", Path("k"), draft, "bfloat16", True)
+    assert seen[1] == StandaloneSettings("tcp://127.0.0.1:0", Path("k"), draft, "bfloat16", True, 3, 64)
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,7 @@ def test_words_that_cannot_be_used(words: list[str], capsys: pytest.CaptureFixtu
         ('{"length_head": "folder"}', "a trained head belongs to the engine"),
         ('{"draft_device": 0}', "CUDA_VISIBLE_DEVICES"),
         ('{"draft_placement": "tcp://host:1", "draft_keys": "insecure"}', "belongs to the engine"),
+        ('{"draft_placement": "ray"}', "belongs to the engine"),
         ('{"draft_cpu_cores": [100000]}', "draft_cpu_cores=[100000]"),
     ],
 )

@@ -3,6 +3,8 @@
 import logging
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -278,6 +280,49 @@ def test_a_peer_that_sends_too_fast_is_dropped_and_others_are_not(
     assert calm.recv(SOON_MS) == READY
 
 
+# It reads nothing until it is told to.
+BUSY_SERVER = """
+from vllm_specbranch import transport
+
+server = transport.bind("tcp://127.0.0.1:0", "insecure")
+print(server.address, flush=True)
+input()
+while server.recv(100.0) is not None:
+    pass
+print("lives")
+"""
+
+
+def test_a_busy_server_outlives_a_client_that_goes_while_its_queue_is_full(ends: list) -> None:
+    """With heartbeats libzmq would abort it, at the second one after the client has gone."""
+    command = [sys.executable, "-c", BUSY_SERVER]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        client = transport.connect(process.stdout.readline().strip(), INSECURE)
+        ends.append(client)
+        until = time.monotonic() + SOON_MS / 1e3
+        num_sent = 0
+        while num_sent < 1000 and time.monotonic() < until:
+            num_sent += client.send(StatusQuery(num_sent))
+        client.close()
+        time.sleep(2.5)
+        output, _ = process.communicate("go on\n", SOON_MS / 1e3)
+    assert num_sent == 1000
+    assert (output, process.returncode) == ("lives\n", 0)
+
+
+def test_an_idle_connection_is_looked_after_by_the_system(ends: list) -> None:
+    """On both ends: an engine must not be ended by libzmq either."""
+    server = transport.bind(ANY_PORT, INSECURE)
+    client = transport.connect(server.address, INSECURE)
+    ends += [client, server]
+    for port in (end._link._socket for end in (client, server)):  # type: ignore[attr-defined]
+        assert port.getsockopt(zmq.HEARTBEAT_IVL) == 0
+        assert port.getsockopt(zmq.TCP_KEEPALIVE) == 1
+        assert port.getsockopt(zmq.TCP_KEEPALIVE_IDLE) + 5 * port.getsockopt(zmq.TCP_KEEPALIVE_INTVL) <= 10
+        assert port.getsockopt(zmq.TCP_MAXRT) <= 10_000
+
+
 def test_a_flood_of_bytes_is_dropped(keys: Path, ends: list) -> None:
     rates = Rates(bytes_per_s=100_000.0, clock=lambda: 0.0)
     server = transport.bind(ANY_PORT, load_server_keys(keys), rates)
@@ -338,6 +383,22 @@ def test_closing_leaves_no_thread_and_no_descriptor(keys: Path) -> None:
         client.close()
         server.close()
     assert (len(os.listdir("/proc/self/fd")), threading.active_count()) <= before
+
+
+def test_closing_an_engines_end_does_not_wait_for_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libzmq asks for the name of a host on its own thread, and ending a context waits for that thread."""
+    waiting: list[threading.Thread] = []
+    has_waited = threading.Event()
+
+    def term(context: zmq.Context) -> None:
+        waiting.append(threading.current_thread())
+        has_waited.set()
+
+    monkeypatch.setattr(zmq.Context, "term", term)
+    client = transport.connect("tcp://some.host.invalid:5600", "insecure")
+    client.close()
+    assert has_waited.wait(SOON_MS / 1e3)
+    assert threading.current_thread() not in waiting
 
 
 def test_tcp_is_refused_without_keys_or_the_word(keys: Path) -> None:

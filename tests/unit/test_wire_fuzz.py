@@ -5,10 +5,9 @@ from collections import Counter
 import psutil
 import pytest
 
-from tests.wire_fuzz import PEERS, Fuzzer, record_session
-from vllm_specbranch import draft_sessions, messages
+from tests.wire_fuzz import MAX_REQUESTS, PEERS, Fuzzer, record_session
+from vllm_specbranch import messages
 
-MAX_REQUESTS = 24
 MAX_GROWTH_BYTES = 32 << 20
 
 
@@ -34,8 +33,7 @@ def test_the_corpus_has_every_kind_of_message() -> None:
     assert any(batch.report for batch in batches)
 
 
-def check(count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> Fuzzer:
-    monkeypatch.setattr(draft_sessions, "MAX_REQUESTS_PER_SESSION", MAX_REQUESTS)
+def check(count: int, seed: int) -> Fuzzer:
     fuzzer = Fuzzer(seed)
     process = psutil.Process()
     fuzzer.run(count // 4)
@@ -55,14 +53,14 @@ def check(count: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> Fuzzer:
     return fuzzer
 
 
-def test_a_few_thousand_mutated_messages(monkeypatch: pytest.MonkeyPatch) -> None:
-    check(6_000, 1, monkeypatch)
+def test_a_few_thousand_mutated_messages() -> None:
+    check(6_000, 1)
 
 
 @pytest.mark.steps
-def test_two_hundred_thousand_mutated_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_hundred_thousand_mutated_messages() -> None:
     """No exception leaves the server or the line, memory stays, and afterwards the server works as before."""
-    fuzzer = check(200_000, 2, monkeypatch)
+    fuzzer = check(200_000, 2)
     for peer in PEERS:
         fuzzer.server._end_session(peer)
     fuzzer.server.check_integrity()
