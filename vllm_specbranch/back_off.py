@@ -8,6 +8,8 @@ FIRST_BACK_OFF_S = 0.5
 LONGEST_BACK_OFF_S = 30.0
 # What lived this long was healthy: its next failure starts a new series.
 HEALTHY_AFTER_S = 60.0
+# Silent for this long: a server that hangs will not come back, begin anew.
+HUNG_S = 10.0
 
 
 class BackOff:

@@ -11,8 +11,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from vllm_specbranch.addresses import is_tcp, tcp_host_and_port
-from vllm_specbranch.errors import ConfigError, WireError
+from vllm_specbranch import setting_values as values
+from vllm_specbranch.addresses import is_tcp
+from vllm_specbranch.errors import ConfigError
+from vllm_specbranch.setting_values import OnMiss
 
 METHOD = "specbranch"
 CONFIG_FILE_NAME = "specbranch.json"
@@ -55,20 +57,18 @@ _SERVER_KEYS = (
     "enforce_eager",
 )
 
+# What only a draft server that Ray places can do with.
+_RAY_KEYS = ("draft_ray_num_cpus", "draft_ray_num_gpus", "draft_ray_resources")
+
+# What the processes of one engine should agree about, wherever Ray puts them: where models come from, and what is logged.
+_SHARED_PREFIXES = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_")
+_SHARED_NAMES = ("VLLM_CACHE_ROOT", "VLLM_LOGGING_LEVEL", "VLLM_USE_MODELSCOPE")
+# Secrets stay where they are: what is told to Ray, Ray keeps. Their names are many, and have one of these words in them.
+_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+# How vLLM says which cores a worker's threads run on.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
+
 EXAMPLE_SETTINGS = '{"model": "path or hub id of the draft model", "num_speculative_tokens": 8}'
-
-
-@dataclass(frozen=True)
-class OnMiss:
-    """What a request does after a miss (section 4 of the design).
-
-    Attributes:
-        kind: `go` submits what there is (often nothing), `wait` waits for `num_tokens`, `auto` weighs gain against cost.
-        num_tokens: for `wait`: drafted tokens to wait for, 1..64; 0 otherwise.
-    """
-
-    kind: Literal["auto", "go", "wait"]
-    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,14 @@ class SpecBranchConfig:
             own K; given without one, the features are computed for whoever records them, and nothing else uses them.
         deterministic: the same drafts at every run of the same batch: a fixed number of draft steps per round, no rule that looks
             at load or time, and the reply is awaited. Slower; see section 10 of the design.
-        draft_placement: where the draft server runs: `process` is a child process on this machine, `tcp://host:port` the address of
-            one that runs on its own (`vllm-specbranch draft-server`), whose own settings decide how it drafts.
+        draft_placement: where the draft server runs: `process` is a child process on this machine, `ray` an actor that Ray places
+            and restarts, `tcp://host:port` the address of one that runs on its own (`vllm-specbranch draft-server`), whose own
+            settings decide how it drafts; several of them (a list, or separated by commas) are used one at a time, the next one
+            when one does not answer.
         draft_keys: with an address: the directory of the keys (`vllm-specbranch keys`), or the word `insecure`.
+        draft_ray_num_cpus, draft_ray_num_gpus: with `ray`: how many CPUs and GPUs (0..1) of its node the actor takes; None means
+            one GPU unless the target runs on CPUs.
+        draft_ray_resources: with `ray`: (name, amount) of custom resources that the actor takes.
         draft_device: index of the CUDA device that the draft server sees; None leaves the choice to placement.
         draft_cpu_cores: CPU cores of the draft server; None means all cores that the target does not use.
         draft_kv_cache_bytes: size of the draft KV cache; None means a default that fits the device.
@@ -117,7 +122,7 @@ class SpecBranchConfig:
     branch_rule: BranchRule = "adaptive"
     stop_rule: StopRule = "none"
     stop_threshold: float = 0.1
-    on_miss: OnMiss = OnMiss("auto")
+    on_miss: OnMiss = OnMiss("auto")  # noqa: RUF009 - frozen
     draft_sample_method: SampleMethod = "probabilistic"
     draft_top_m: int = 64
     length_head: str | None = None
@@ -125,6 +130,9 @@ class SpecBranchConfig:
     deterministic: bool = False
     draft_placement: str = "process"
     draft_keys: str | None = None
+    draft_ray_num_cpus: float = 1.0
+    draft_ray_num_gpus: float | None = None
+    draft_ray_resources: tuple[tuple[str, float], ...] = ()
     draft_device: int | None = None
     draft_cpu_cores: tuple[int, ...] | None = None
     draft_kv_cache_bytes: int | None = None
@@ -178,6 +186,14 @@ class SpecBranchConfig:
             raise ConfigError(self.length_head, "none with policy 'pearl', which submits all it has", "length_head")
 
     def _check_placement(self, given: Collection[str]) -> None:
+        if self.is_on_ray:
+            if self.draft_device is not None:
+                allowed = "unset with draft_placement 'ray': Ray chooses the device (see draft_ray_num_gpus)"
+                raise ConfigError(self.draft_device, allowed, "draft_device")
+        else:
+            for key in _RAY_KEYS:
+                if key in given:
+                    raise ConfigError(getattr(self, key), "unset unless draft_placement is 'ray'", key)
         if not self.is_remote:
             if self.draft_keys is not None:
                 raise ConfigError(self.draft_keys, "unset unless draft_placement is 'tcp://host:port'", "draft_keys")
@@ -200,6 +216,16 @@ class SpecBranchConfig:
     def is_remote(self) -> bool:
         """Whether the draft server is one that this engine does not start."""
         return is_tcp(self.draft_placement)
+
+    @property
+    def is_on_ray(self) -> bool:
+        """Whether Ray places the draft server."""
+        return self.draft_placement == "ray"
+
+    @property
+    def draft_addresses(self) -> tuple[str, ...]:
+        """Where draft servers are that this engine does not start, in the order in which they are tried."""
+        return tuple(self.draft_placement.split(",")) if self.is_remote else ()
 
     @property
     def trained_head(self) -> str | None:
@@ -237,10 +263,23 @@ def load_bare_word_settings(target_model: str) -> dict[str, object]:
     return settings
 
 
-def child_environment(overrides: Mapping[str, str], removed: tuple[str, ...]) -> dict[str, str]:
-    """The environment of a child process: ours, less `removed`, with `overrides`."""
+def child_environment(
+    overrides: Mapping[str, str], removed: tuple[str, ...], defaults: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """The environment of a child process: ours, less `removed`, with `overrides`, and `defaults` for what is not there."""
     kept = {key: value for key, value in os.environ.items() if key not in removed}
-    return kept | dict(overrides)
+    return dict(defaults or {}) | kept | dict(overrides)
+
+
+def shared_environment() -> dict[str, str]:
+    """What a process of this engine should have of our environment wherever it runs. No secrets."""
+    names = [name for name in os.environ if name.startswith(_SHARED_PREFIXES) or name in _SHARED_NAMES]
+    return {name: os.environ[name] for name in names if not any(word in name.upper() for word in _SECRETS)}
+
+
+def thread_environment() -> dict[str, str]:
+    """The variables by which vLLM says now how many threads a worker has, and on which cores."""
+    return {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ}
 
 
 def limit_threads(count: int) -> None:
@@ -264,126 +303,36 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllm-specbranch"
 
 
-def _text(value: object, field: str) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(value, "a non-empty string", field)
-    return value
-
-
-def _flag(value: object, field: str) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(value, "true or false", field)
-    return value
-
-
-def _choice(*allowed: str) -> Callable[[object, str], str]:
-    def parse(value: object, field: str) -> str:
-        if not isinstance(value, str) or value not in allowed:
-            raise ConfigError(value, "one of " + ", ".join(repr(one) for one in allowed), field)
-        return value
-
-    return parse
-
-
-def _integer(low: int, high: int | None) -> Callable[[object, str], int]:
-    allowed = f"a whole number of at least {low}" if high is None else f"a whole number in {low}..{high}"
-
-    def parse(value: object, field: str) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
-            raise ConfigError(value, allowed, field)
-        return value
-
-    return parse
-
-
-def _placement(value: object, field: str) -> str:
-    allowed = "'process' or 'tcp://host:port'"
-    if value == "process":
-        return "process"
-    if not isinstance(value, str) or not is_tcp(value):
-        raise ConfigError(value, allowed, field)
-    try:
-        tcp_host_and_port(value)
-    except WireError as error:
-        raise ConfigError(value, allowed, field) from error
-    return value
-
-
-def _number(low: float, high: float) -> Callable[[object, str], float]:
-    def parse(value: object, field: str) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise ConfigError(value, f"a number in {low:g}..{high:g}", field)
-        return float(value)
-
-    return parse
-
-
-def _on_miss(value: object, field: str) -> OnMiss:
-    if isinstance(value, OnMiss):
-        return value
-    allowed = "'auto', 'go', or 'wait:N' with N in 1..64"
-    if value == "auto":
-        return OnMiss("auto")
-    if value == "go":
-        return OnMiss("go")
-    count = value.removeprefix("wait:") if isinstance(value, str) and value.startswith("wait:") else ""
-    if not (count.isascii() and count.isdecimal() and 1 <= int(count) <= 64):
-        raise ConfigError(value, allowed, field)
-    return OnMiss("wait", int(count))
-
-
-def parse_cores(value: object, field: str) -> tuple[int, ...]:
-    """Parse CPU cores: a list of numbers, or text such as `0-2,5`.
-
-    Raises:
-        ConfigError: no core, a negative number, or text of another form.
-    """
-    allowed = "a list of core numbers or text such as '0-2,5'"
-    if isinstance(value, int) and not isinstance(value, bool):
-        value = [value]
-    if isinstance(value, str):
-        cores: list[int] = []
-        for part in value.split(","):
-            first, _, last = part.strip().partition("-")
-            if not (first.isdecimal() and (last or first).isdecimal()):
-                raise ConfigError(value, allowed, field)
-            cores += range(int(first), int(last or first) + 1)
-    elif isinstance(value, list | tuple) and all(isinstance(one, int) and not isinstance(one, bool) for one in value):
-        cores = list(value)
-    else:
-        raise ConfigError(value, allowed, field)
-    if not cores or min(cores) < 0:
-        raise ConfigError(value, allowed, field)
-    return tuple(sorted(set(cores)))
-
-
 _PARSERS: dict[str, Callable[[object, str], object]] = {
-    "model": _text,
-    "num_speculative_tokens": _integer(1, 64),
-    "policy": _choice("pearl", "specbranch", "fanout", "best_first"),
-    "max_branches": _integer(1, 64),
-    "branch_rule": _choice("adaptive", "fixed"),
-    "stop_rule": _choice("confidence", "adaedl", "none"),
-    "stop_threshold": _number(0.0, 1.0),
-    "on_miss": _on_miss,
-    "draft_sample_method": _choice("probabilistic", "greedy"),
-    "draft_top_m": _integer(1, 1024),
-    "length_head": _text,
-    "head_layers": _integer(1, 64),
-    "deterministic": _flag,
-    "draft_placement": _placement,
-    "draft_keys": _text,
-    "draft_device": _integer(0, None),
-    "draft_cpu_cores": parse_cores,
-    "draft_kv_cache_bytes": _integer(1, None),
-    "draft_gpu_memory_utilization": _number(0.01, 1.0),
-    "reply_timeout_ms": _number(1.0, 10_000.0),
-    "quantization": _text,
-    "revision": _text,
-    "max_model_len": _integer(1, None),
-    "draft_tensor_parallel_size": _integer(1, 1),
-    "enforce_eager": _flag,
-    "reclaim_blocks": _flag,
+    "model": values.text,
+    "num_speculative_tokens": values.integer(1, 64),
+    "policy": values.choice("pearl", "specbranch", "fanout", "best_first"),
+    "max_branches": values.integer(1, 64),
+    "branch_rule": values.choice("adaptive", "fixed"),
+    "stop_rule": values.choice("confidence", "adaedl", "none"),
+    "stop_threshold": values.number(0.0, 1.0),
+    "on_miss": values.on_miss,
+    "draft_sample_method": values.choice("probabilistic", "greedy"),
+    "draft_top_m": values.integer(1, 1024),
+    "length_head": values.text,
+    "head_layers": values.integer(1, 64),
+    "deterministic": values.flag,
+    "draft_placement": values.placement,
+    "draft_keys": values.text,
+    "draft_ray_num_cpus": values.number(0.0, 4096.0),
+    "draft_ray_num_gpus": values.number(0.0, 1.0),
+    "draft_ray_resources": values.resources,
+    "draft_device": values.integer(0, None),
+    "draft_cpu_cores": values.cores,
+    "draft_kv_cache_bytes": values.integer(1, None),
+    "draft_gpu_memory_utilization": values.number(0.01, 1.0),
+    "reply_timeout_ms": values.number(1.0, 10_000.0),
+    "quantization": values.text,
+    "revision": values.text,
+    "max_model_len": values.integer(1, None),
+    "draft_tensor_parallel_size": values.integer(1, 1),
+    "enforce_eager": values.flag,
+    "reclaim_blocks": values.flag,
 }
 
 assert set(_PARSERS) == {field.name for field in fields(SpecBranchConfig)}

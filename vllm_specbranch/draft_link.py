@@ -4,7 +4,7 @@ Owns the channel and the state of the line. Knows neither vLLM nor torch. Runs i
 
     starting --Ready--> up --reply late--> up, but not waited for --nothing for SILENCE_S--> silent --Ready--> up
         ^                |                                                                     |
-        +----------------+---------- process dead, or silent for HUNG_S: killed and restarted -+
+        +----------------+---------- dead, or silent for too long: given up, begun anew -------+
 
 Every change to `up` starts a new generation: the server then knows no request, and the proposer opens them again.
 """
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from vllm_specbranch import messages
+from vllm_specbranch.back_off import HUNG_S
 from vllm_specbranch.metrics import EngineCounters
 from vllm_specbranch.transport import ClientChannel, connect
 
@@ -23,8 +24,6 @@ logger = logging.getLogger("vllm.specbranch.draft_link")
 
 # No message at all for this long while replies are due: the server hangs, stop sending to it.
 SILENCE_S = 1.0
-# Silent for this long: it will not come back, start another.
-HUNG_S = 10.0
 # How often the life of a server is checked while its reply is awaited.
 PATIENT_WAIT_MS = 100.0
 FIRST_PROBE_S = 0.25
@@ -34,13 +33,17 @@ LINK_GONE = {"is_alive": False, "is_ready": False, "is_breaker_open": False}
 
 
 class Server(Protocol):
-    """Where a draft server is: a process to start (`placement.ServerProcess`), or an address (`remote_server.RemoteServer`).
+    """Where a draft server is: a process to start (`placement.ServerProcess`), or addresses (`remote_server.RemoteServer`).
 
     Attributes:
         longest_start_s: a server that has not answered the handshake for so long is begun with anew.
+        longest_silence_s: one that has been probed for so long since it went silent, likewise.
+        is_shared: whether other engines use it as well. It then forgets connections that are gone, with what was open on them.
     """
 
     longest_start_s: float
+    longest_silence_s: float
+    is_shared: bool
 
     @property
     def address(self) -> str:
@@ -135,7 +138,7 @@ class DraftLink:
         self._is_alive = self._server.is_running()
         if self._is_alive:
             self._poll_running()
-        else:
+        if not self._server.is_running():
             self._lose_server()
             if self._server.ensure_running():
                 self._greet_new_server()
@@ -155,14 +158,16 @@ class DraftLink:
             self._server.kill()
             return
         if self._silent_since_s is not None:
-            if now_s - self._silent_since_s > HUNG_S:
-                logger.warning("The draft server has not answered for %.0f s and is begun with anew.", HUNG_S)
+            if now_s - self._silent_since_s > self._server.longest_silence_s:
+                logger.warning(
+                    "The draft server has not answered for %.2g s and is begun with anew.", now_s - self._silent_since_s
+                )
                 self._server.kill()
                 return
             if now_s >= self._next_probe_s:
                 self._probe_s = min(2 * self._probe_s, LONGEST_PROBE_S)
                 self._next_probe_s = now_s + self._probe_s
-                self._say_hello()
+                self._probe()
 
     def _lose_server(self) -> None:
         if self._channel is None:
@@ -180,11 +185,24 @@ class DraftLink:
         self._greeted_s = self._clock()
         self._say_hello()
 
-    def _say_hello(self) -> None:
+    def _probe(self) -> None:
+        """Say hello to a silent server, over another connection if nothing more can be sent over the present one.
+
+        Libzmq gives a connection up for good once garbage has come over it; and one that is full holds old news only. A server that
+        is ours alone would keep for ever what is open on the old one: it is begun with anew in the end.
+        """
+        if self._say_hello() or not self._server.is_shared:
+            return
+        assert self._channel is not None
+        self._channel.close()
+        self._channel = self._open_channel(self._server.address)
+        self._say_hello()
+
+    def _say_hello(self) -> bool:
         assert self._channel is not None
         self._session = str(next(self._sessions))
         hello = messages.Hello(self._session, self._vocab_size, self._max_model_len, self._wants_top_probs, self._terms)
-        self._channel.send(hello)
+        return self._channel.send(hello)
 
     def _await_ready(self, timeout_ms: float) -> None:
         assert self._channel is not None
@@ -220,12 +238,13 @@ class DraftLink:
         self._probe_s = FIRST_PROBE_S
 
     def wait_until_up(self, timeout_s: float) -> bool:
-        """Wait for the handshake, while the engine starts; gives up when the server dies or refuses."""
-        until_s = self._clock() + min(timeout_s, self._server.longest_start_s)
+        """Wait for the handshake, while the engine starts; gives up when the server dies or refuses, and there is no other."""
+        until_s = self._clock() + timeout_s
         while not self.is_up and self._clock() < until_s:
+            self.poll()
             if not self._server.is_running():
-                return False
-            if self._channel is not None:
+                break
+            if not self.is_up and self._channel is not None:
                 self._await_ready(100.0)
         return self.is_up
 

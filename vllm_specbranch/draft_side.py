@@ -1,4 +1,4 @@
-"""From the settings to the line to a draft server, wherever that runs: a child process of this engine, or an address.
+"""From the settings to the line to a draft server, wherever that runs: a child process of this engine, under Ray, or at addresses.
 
 Owns the choice and what is passed on; knows no messages beyond the handshake's terms. Runs in the target's worker (output rank).
 """
@@ -16,6 +16,8 @@ from vllm_specbranch.keys import client_security
 from vllm_specbranch.messages import Terms
 from vllm_specbranch.metrics import EngineCounters
 from vllm_specbranch.placement import ServerProcess
+from vllm_specbranch.ray_messages import TargetPlace
+from vllm_specbranch.ray_placement import RayServer
 from vllm_specbranch.remote_server import RemoteServer
 from vllm_specbranch.transport import connect
 
@@ -33,6 +35,7 @@ def make_link(
     max_model_len: int,
     max_num_seqs: int,
     counters: EngineCounters,
+    target: TargetPlace | None = None,
 ) -> DraftLink:
     """The line to this engine's draft server, which is not started yet.
 
@@ -41,6 +44,7 @@ def make_link(
         draft: the draft model.
         vocab_size, max_model_len, max_num_seqs: of the target.
         counters: updated by the link.
+        target: where the target runs, for a draft server that Ray places.
 
     Raises:
         ConfigError: the keys cannot be used on this machine.
@@ -55,11 +59,15 @@ def make_link(
     if config.is_remote:
         assert config.draft_keys is not None, "checked with the settings"
         return link(
-            RemoteServer(config.draft_placement),
+            RemoteServer(config.draft_addresses),
             terms=Terms(draft_identity(draft.model), draft.dtype, config.num_speculative_tokens),
             open_channel=partial(connect, security=client_security(config.draft_keys)),
         )
-    return link(ServerProcess(config, _model_settings(config, draft, max_num_seqs), on_cpu=current_platform.is_cpu()))
+    settings, on_cpu = _model_settings(config, draft, max_num_seqs), current_platform.is_cpu()
+    if target is not None:
+        server = RayServer(config, settings, target, on_cpu=on_cpu)
+        return link(server, open_channel=server.open_channel)
+    return link(ServerProcess(config, settings, on_cpu=on_cpu))
 
 
 def _model_settings(config: SpecBranchConfig, draft: DraftModelSpec, max_num_seqs: int) -> DraftModelSettings:

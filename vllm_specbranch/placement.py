@@ -14,14 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import psutil
 
-from vllm_specbranch.back_off import BackOff
+from vllm_specbranch.back_off import HUNG_S, BackOff
 from vllm_specbranch.config import SpecBranchConfig, child_environment, target_core_settings
 from vllm_specbranch.draft_model import DraftModelSettings
 
@@ -40,7 +40,7 @@ LONGEST_ROOT = 60
 _DIRECTORY_PREFIX = "specbranch-"
 
 # What vLLM sets for the target's threads, and what would pin the child onto the target's cores.
-_TARGET_ONLY_VARIABLES = (
+TARGET_ONLY_VARIABLES = (
     "OMP_NUM_THREADS",
     "OMP_PLACES",
     "OMP_PROC_BIND",
@@ -58,16 +58,18 @@ class ServerSpec:
     """All that a draft server is told at its start, as JSON on the first line of its standard input.
 
     Attributes:
-        address: where it listens, `ipc://...`.
+        address: where it listens, `ipc://...` or `tcp://...`.
         cores: CPU cores it pins itself to; None leaves it unpinned.
         model: what to load.
         config: the engine's settings, for the planner.
+        keys: with TCP: the directory of its keys, its own, removed at its end.
     """
 
     address: str
     cores: tuple[int, ...] | None
     model: DraftModelSettings
     config: SpecBranchConfig
+    keys: str | None = None
 
     def to_json(self) -> bytes:
         """One line of JSON."""
@@ -136,6 +138,52 @@ def available_cores() -> set[int]:
     return cores
 
 
+def beside_target(config: SpecBranchConfig, *, on_cpu: bool) -> tuple[int, ...] | None:
+    """The cores of a draft server on the target's machine; None leaves it unbound. Called in the target's worker."""
+    if not on_cpu:
+        return config.draft_cpu_cores
+    target = parse_target_cores(target_core_settings())
+    return choose_cores(config.draft_cpu_cores, available_cores(), target, sibling_threads(target))
+
+
+def warn_of_shared_cores() -> None:
+    """Say that target and draft server have no cores of their own."""
+    logger.warning(
+        "The draft server shares CPU cores with the target, so they will wait for each other. Give each its own: "
+        "VLLM_CPU_OMP_THREADS_BIND for the target, draft_cpu_cores for the draft server."
+    )
+
+
+def launch(
+    spec: ServerSpec,
+    overrides: Mapping[str, str],
+    defaults: Mapping[str, str] | None = None,
+    module: tuple[str, ...] | None = None,
+) -> "subprocess.Popen[bytes]":
+    """Start a draft server as a child of this process.
+
+    Args:
+        spec: what it is told.
+        overrides, defaults: for its environment, as in `child_environment`.
+        module: what is run, with its arguments; None for what this process says (`server_module`).
+
+    Raises:
+        OSError: the system refuses.
+    """
+    overrides = {"VLLM_LOGGING_PREFIX": "(DraftServer) ", **overrides}
+    process = subprocess.Popen(
+        [sys.executable, "-m", *(module or server_module)],
+        stdin=subprocess.PIPE,
+        env=child_environment(overrides, TARGET_ONLY_VARIABLES, defaults),
+    )
+    assert process.stdin is not None
+    # A child that dies at once breaks the pipe; its death is its owner's to report.
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.write(spec.to_json() + b"\n")
+        process.stdin.flush()
+    return process
+
+
 def make_private_directory() -> Path:
     """A new private directory, named after this process; those of processes that are gone are removed on the way."""
     root = Path(tempfile.gettempdir())
@@ -160,6 +208,8 @@ class ServerProcess:
     """
 
     longest_start_s = LONGEST_START_S
+    longest_silence_s = HUNG_S
+    is_shared = False
 
     def __init__(
         self,
@@ -235,54 +285,30 @@ class ServerProcess:
     def _start(self) -> None:
         self._close_lifeline()
         self.num_starts += 1
-        cores = self._cores()
+        cores = beside_target(self._config, on_cpu=self._on_cpu)
+        if self._on_cpu and cores is None and self.num_starts == 1:
+            warn_of_shared_cores()
         spec = ServerSpec(self.address, cores, self._model, self._config)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", *server_module],
-            stdin=subprocess.PIPE,
-            env=child_environment(self._overrides(cores), _TARGET_ONLY_VARIABLES),
-        )
+        self._process = launch(spec, self._overrides(cores))
         self._back_off.started()
         self._is_reported = False
-        assert self._process.stdin is not None
-        # A child that dies at once breaks the pipe; its death is reported by `is_running`.
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(spec.to_json() + b"\n")
-            self._process.stdin.flush()
-
-    def _cores(self) -> tuple[int, ...] | None:
-        if not self._on_cpu:
-            return self._config.draft_cpu_cores
-        target = parse_target_cores(target_core_settings())
-        cores = choose_cores(self._config.draft_cpu_cores, available_cores(), target, sibling_threads(target))
-        if cores is None and self.num_starts == 1:
-            logger.warning(
-                "The draft server shares CPU cores with the target, so they will wait for each other. Give each its own: "
-                "VLLM_CPU_OMP_THREADS_BIND for the target, draft_cpu_cores for the draft server."
-            )
-        return cores
 
     def _overrides(self, cores: tuple[int, ...] | None) -> dict[str, str]:
-        overrides = {"VLLM_LOGGING_PREFIX": "(DraftServer) "}
         if self._on_cpu:
-            overrides["OMP_NUM_THREADS"] = str(len(cores) if cores else 1)
-        elif self._config.draft_device is not None:
-            overrides["CUDA_VISIBLE_DEVICES"] = str(self._config.draft_device)
-        return overrides
+            return {"OMP_NUM_THREADS": str(len(cores) if cores else 1)}
+        return {} if self._config.draft_device is None else {"CUDA_VISIBLE_DEVICES": str(self._config.draft_device)}
 
     def kill(self) -> None:
-        """End a child that no longer answers; `ensure_running` starts the next one."""
+        """End a child that no longer answers; `ensure_running` starts the next one, once it is dead. Nobody waits for that here."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
-            # A child stuck in the kernel dies later; nobody waits for it on the hot path.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(KILL_TIMEOUT_S)
 
     def refused(self, is_final: bool) -> None:
         """The server does not draft for this engine, and another start would end the same way."""
         del is_final
         self.is_hopeless = True
-        self.stop()
+        self._is_reported = True
+        self.kill()
 
     def stop(self) -> None:
         """End the child and remove its directory. Safe to call again."""
@@ -293,6 +319,9 @@ class ServerProcess:
                 self._process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self.kill()
+                # A child stuck in the kernel dies later.
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(KILL_TIMEOUT_S)
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _close_lifeline(self) -> None:

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 from vllm_specbranch.acceptance import AcceptanceModel
 from vllm_specbranch.branching import Branching, num_ranks
-from vllm_specbranch.config import ONLINE_HEAD, OnMiss, SpecBranchConfig
+from vllm_specbranch.config import ONLINE_HEAD, SpecBranchConfig
 from vllm_specbranch.online_head import OnlineHead
+from vllm_specbranch.setting_values import OnMiss
 from vllm_specbranch.token_tree import Candidates, TokenTree
 
 # Lambda of AdaEDL's bound (arXiv:2410.18351), entropy in nats.
@@ -84,6 +85,7 @@ class Planner:
     """
 
     def __init__(self, config: SpecBranchConfig) -> None:
+        self._config = config
         self._max_chunk = config.num_speculative_tokens
         self._num_ranks = num_ranks(config)
         self._weighs_rows = config.policy == "best_first" and not config.deterministic
@@ -101,6 +103,10 @@ class Planner:
         if config.deterministic and config.on_miss.kind == "auto":
             # What `auto` weighs are measured times.
             self._on_miss = OnMiss("wait", min(DETERMINISTIC_WAIT_TOKENS, config.num_speculative_tokens))
+
+    def unlearned(self) -> "Planner":
+        """Another one with the same settings, which has learned nothing yet."""
+        return Planner(self._config)
 
     @property
     def num_candidates(self) -> int:

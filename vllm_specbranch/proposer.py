@@ -31,6 +31,7 @@ from vllm_specbranch.draft_sampling import seeded_key, unseeded_key
 from vllm_specbranch.draft_side import make_link
 from vllm_specbranch.engine_pace import EnginePace
 from vllm_specbranch.metrics import EngineCounters, rates
+from vllm_specbranch.ray_cluster import target_place
 from vllm_specbranch.scheduler import SpecBranchSchedulerOutput
 from vllm_specbranch.scorer import Scorer
 from vllm_specbranch.snapshots import Sample
@@ -129,20 +130,25 @@ class Proposer:
         if get_tensor_model_parallel_rank() == 0:
             max_num_seqs = vllm_config.scheduler_config.max_num_seqs
             try:
-                self._link = self._open_link(speculative, self._vocab_size, max_num_seqs)
+                self._link = self._open_link(speculative, self._vocab_size, max_num_seqs, vllm_config.parallel_config)
             except Exception:
                 logger.exception("specbranch cannot start its draft server; this engine goes on without drafts")
                 self.give_up()
         self._generation = 0
         self._known: set[str] = set()
         self._undraftable: set[str] = set()
+        # What the draft server has no place for, in the order in which it is tried again.
+        self._turned_away: dict[str, None] = {}
         self._sampling: dict[str, messages.Sampling | None] = {}
         self._num_requests = 0
         self._round = 0
         self._may_wait = False
         self._pace = EnginePace(self._config.reply_timeout_ms)
 
-    def _open_link(self, speculative: SpecBranchSpeculativeConfig, vocab_size: int, max_num_seqs: int) -> DraftLink:
+    def _open_link(
+        self, speculative: SpecBranchSpeculativeConfig, vocab_size: int, max_num_seqs: int, parallel_config: Any
+    ) -> DraftLink:
+        on_ray = self._config.is_on_ray
         link = make_link(
             self._config,
             speculative.draft,
@@ -150,6 +156,7 @@ class Proposer:
             max_model_len=self._max_model_len,
             max_num_seqs=max_num_seqs,
             counters=self.counters,
+            target=target_place(parallel_config, speculative.ray_address) if on_ray else None,
         )
         # The server takes as long to start as the target does: start both at once.
         try:
@@ -203,7 +210,10 @@ class Proposer:
         if self._link.generation != self._generation:
             self._generation = self._link.generation
             self._known.clear()
+            self._turned_away.clear()
         closes = [one for one in scheduled.finished_req_ids if one in self._known]
+        for request_id in list(self._turned_away)[: len(closes)]:
+            del self._turned_away[request_id]
         for request_id in scheduled.finished_req_ids:
             self._forget(request_id)
         for request in scheduled.scheduled_new_reqs:
@@ -256,7 +266,7 @@ class Proposer:
                 head_class = classes.get(request_id)
                 commits.append(messages.Commit(request_id, position, list(tokens), num_draft_tokens, head_class))
                 self._expected[request_id] = num_tokens
-            elif request_id not in self._undraftable:
+            elif request_id not in self._undraftable and request_id not in self._turned_away:
                 sampling = self._sampling.get(request_id)
                 opens.append(messages.Open(request_id, token_ids_cpu[row, :num_tokens].tolist(), sampling))
         if opens:
@@ -291,6 +301,8 @@ class Proposer:
             answer_us = reply.report.counters.get("answer_us", 0)
             self.counters.messages_s += self._pace.answered(finished_s, waited_s, answer_us)
         self._known.difference_update(reply.unknown)
+        if reply.is_full:
+            self._turned_away |= dict.fromkeys(one for one in reply.unknown if one in expected)
         drafts = SampledDraftTokenIds([], [])
         for draft in reply.drafts:
             if not draft.tokens or max(draft.tokens) >= self._vocab_size:
@@ -391,6 +403,7 @@ class Proposer:
     def _forget(self, request_id: str) -> None:
         self._known.discard(request_id)
         self._undraftable.discard(request_id)
+        self._turned_away.pop(request_id, None)
         self._sampling.pop(request_id, None)
         self.scorer.forget(request_id)
 

@@ -23,6 +23,7 @@ from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.head_check import feature_layers
 from vllm_specbranch.keys import client_security
 from vllm_specbranch.plugin import apply_metrics_patches
+from vllm_specbranch.ray_cluster import check_ray, connected_address
 
 logger = logging.getLogger("vllm.specbranch.speculative_config")
 
@@ -42,6 +43,9 @@ class SpecBranchSpeculativeConfig(SpeculativeConfig):
     """The draft model as the draft server has to load it."""
     feature_layers: tuple[int, ...] = ()
     """After which layers the target's forward returns its hidden states, for the length head; none without one."""
+
+    ray_address: str | None = None
+    """The Ray cluster that the engine was made in, if any: processes that it starts cannot find that by themselves."""
 
     def compute_hash(self) -> str:
         """Upstream's, which stands for the target's graph and names the compiled one, and the hidden states that the graph returns.
@@ -78,6 +82,8 @@ def build_speculative_config(
     if settings.is_remote:
         assert settings.draft_keys is not None, "checked with the settings"
         client_security(settings.draft_keys)
+    elif settings.is_on_ray:
+        check_ray()
     else:
         settings = _place_on_device(settings, target_parallel_config)
     draft = check_draft_model(settings, target_model_config, str(engine_args.load_format))
@@ -101,6 +107,7 @@ def build_speculative_config(
         specbranch=settings,
         draft=draft,
         feature_layers=layers,
+        ray_address=connected_address(),
     )
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vllm_specbranch.config import CONFIG_ENV, OnMiss, SpecBranchConfig, load_bare_word_settings
+from vllm_specbranch.config import CONFIG_ENV, SpecBranchConfig, load_bare_word_settings
 from vllm_specbranch.errors import ConfigError
+from vllm_specbranch.setting_values import OnMiss
 
 
 def test_defaults_are_those_of_the_design() -> None:
@@ -87,7 +88,7 @@ def test_a_length_head_is_a_folder_or_learned_while_serving_and_none_is_with_pea
         ("head_layers", 0),
         ("head_layers", 65),
         ("head_layers", 2.0),
-        ("draft_placement", "ray"),
+        ("draft_placement", "Ray"),
         ("draft_placement", "tcp://host"),
         ("draft_placement", "tcp://*:5600"),
         ("draft_placement", "tcp://host:0"),
@@ -133,6 +134,55 @@ def test_pearl_has_one_chain() -> None:
         SpecBranchConfig.from_user({"model": "draft", "policy": "pearl", "max_branches": 4})
 
 
+ON_RAY = {"model": "draft", "draft_placement": "ray"}
+
+
+def test_what_the_actor_takes_can_be_said() -> None:
+    config = SpecBranchConfig.from_user(ON_RAY)
+    assert config.is_on_ray and not config.is_remote
+    assert (config.draft_ray_num_cpus, config.draft_ray_num_gpus, config.draft_ray_resources) == (1.0, None, ())
+    given = {"draft_ray_num_cpus": 2, "draft_ray_num_gpus": 0.5, "draft_ray_resources": {"b": 1, "a": 0.5}}
+    config = SpecBranchConfig.from_user(ON_RAY | given)
+    assert (config.draft_ray_num_cpus, config.draft_ray_num_gpus) == (2.0, 0.5)
+    assert config.draft_ray_resources == (("a", 0.5), ("b", 1.0))
+    hash(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("draft_ray_num_cpus", -1),
+        ("draft_ray_num_cpus", "2"),
+        ("draft_ray_num_gpus", 2),
+        ("draft_ray_num_gpus", True),
+        ("draft_ray_resources", ["draft_node"]),
+        ("draft_ray_resources", {"": 1}),
+        ("draft_ray_resources", {"CPU": 1}),
+        ("draft_ray_resources", {"draft_node": 0}),
+        ("draft_ray_resources", {"draft_node": True}),
+        ("draft_ray_resources", {"draft_node": "1"}),
+        ("draft_ray_resources", {1: 1}),
+        ("draft_device", 0),
+        ("draft_keys", "insecure"),
+    ],
+)
+def test_what_ray_cannot_give_is_refused(key: str, value: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SpecBranchConfig.from_user(ON_RAY | {key: value})
+    assert caught.value.field == key
+    assert repr(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("draft_ray_num_cpus", 1), ("draft_ray_num_gpus", 0), ("draft_ray_resources", {"a": 1})]
+)
+@pytest.mark.parametrize("placement", [{}, {"draft_placement": "tcp://draft-0:5600", "draft_keys": "insecure"}])
+def test_what_the_actor_takes_is_for_ray_alone(key: str, value: object, placement: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="draft_placement is 'ray'") as caught:
+        SpecBranchConfig.from_user({"model": "draft", key: value} | placement)
+    assert caught.value.field == key
+
+
 REMOTE = {"model": "draft", "draft_placement": "tcp://draft-0:5600"}
 
 
@@ -144,6 +194,45 @@ def test_an_address_needs_keys_or_the_word(keys: str) -> None:
     with pytest.raises(ConfigError, match="a directory of keys or 'insecure'") as caught:
         SpecBranchConfig.from_user(REMOTE)
     assert caught.value.field == "draft_keys"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "tcp://a:1,tcp://[::1]:2",
+        "tcp://a:1, tcp://[::1]:2",
+        ["tcp://a:1", "tcp://[::1]:2"],
+        ("tcp://a:1", "tcp://[::1]:2"),
+    ],
+)
+def test_several_servers_can_be_named(given: object) -> None:
+    config = SpecBranchConfig.from_user({"model": "draft", "draft_placement": given, "draft_keys": "insecure"})
+    assert config.draft_addresses == ("tcp://a:1", "tcp://[::1]:2")
+    assert config.is_remote
+    again = SpecBranchConfig.from_user(
+        {"model": "draft", "draft_placement": config.draft_placement, "draft_keys": "insecure"}
+    )
+    assert again == config
+    assert SpecBranchConfig.from_user({"model": "draft"}).draft_addresses == ()
+
+
+@pytest.mark.parametrize(
+    ("given", "wrong"),
+    [
+        ("tcp://a:1,tcp://b", "tcp://b"),
+        ("tcp://a:1,process", "process"),
+        ("tcp://a:1,", ""),
+        (["tcp://a:1", "tcp://*:2"], "tcp://*:2"),
+        (["tcp://a:1", 5600], 5600),
+        (["tcp://a:1", "tcp://b:2", "tcp://a:1"], "tcp://a:1"),
+        ([], []),
+        ([""], [""]),
+    ],
+)
+def test_each_of_several_addresses_is_checked(given: object, wrong: object) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SpecBranchConfig.from_user({"model": "draft", "draft_placement": given, "draft_keys": "insecure"})
+    assert (caught.value.field, caught.value.value) == ("draft_placement", wrong)
 
 
 @pytest.mark.parametrize(

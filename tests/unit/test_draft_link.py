@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import pytest
 
 from vllm_specbranch import messages
-from vllm_specbranch.draft_link import HUNG_S, LINK_GONE, SILENCE_S, DraftLink
+from vllm_specbranch.back_off import HUNG_S
+from vllm_specbranch.draft_link import FIRST_PROBE_S, LINK_GONE, SILENCE_S, DraftLink
 from vllm_specbranch.metrics import EngineCounters
 from vllm_specbranch.placement import LONGEST_START_S
 from vllm_specbranch.transport import ClientChannel, ServerEndpoint, memory_pair
@@ -31,6 +32,8 @@ class Process:
     is_stopped: bool = False
     pid: int | None = None
     longest_start_s: float = LONGEST_START_S
+    longest_silence_s: float = HUNG_S
+    is_shared: bool = False
     refusals: list[bool] = field(default_factory=list)
 
     @property
@@ -304,6 +307,28 @@ def test_a_server_that_does_not_read_opens_the_breaker() -> None:
     assert (bench.counters.num_send_failures, bench.counters.num_breaker_openings) == (1, 1)
 
 
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_connection_that_takes_nothing_any_more_is_replaced_if_its_server_forgets_the_old_one(
+    is_shared: bool,
+) -> None:
+    bench = Bench(process=Process(is_shared=is_shared))
+    bench.bring_up()
+    bench.channels[-1].blocks_sends = True
+    assert not bench.link.send(messages.StepBegin([], ["a"]))
+    bench.clock.now_s += FIRST_PROBE_S + 0.01
+    bench.link.poll()
+    if not is_shared:
+        assert len(bench.channels) == 1, "requests that are open on it would stay so for ever"
+        return
+    assert len(bench.channels) == 2
+    (hello,) = bench.heard()
+    assert isinstance(hello, messages.Hello)
+    bench.say(messages.Ready(hello.session, 64, 10, 4))
+    bench.link.poll()
+    assert bench.link.is_up and bench.link.generation == 2
+    assert (bench.process.num_starts, bench.process.num_kills, bench.counters.num_server_deaths) == (1, 0, 0)
+
+
 def test_a_server_that_never_finishes_its_start_is_replaced() -> None:
     bench = Bench()
     bench.link.poll()
@@ -389,7 +414,12 @@ def test_the_terms_are_part_of_the_handshake() -> None:
 def test_waiting_for_the_start_ends_when_the_server_dies() -> None:
     bench = Bench()
     bench.link.poll()
-    bench.channels[-1].on_wait = lambda: setattr(bench.process, "running", False)
+
+    def die() -> None:
+        """Its back-off begins, as that of a real one does."""
+        bench.process.running = bench.process.may_start = False
+
+    bench.channels[-1].on_wait = die
     started_s = bench.clock.now_s
     assert not bench.link.wait_until_up(180.0)
     assert bench.clock.now_s - started_s < 1.0

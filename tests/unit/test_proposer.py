@@ -217,6 +217,31 @@ def test_each_draft_is_shown_to_who_watches(bench: Bench) -> None:
     assert seen == [shown], "only what goes to the scheduler"
 
 
+def test_what_the_server_has_no_place_for_is_opened_again_when_places_are_free(bench: Bench) -> None:
+    prompts = {"a": [1], "b": [1, 2], "c": [1, 2, 3], "d": [1, 2, 3, 4]}
+    bench.begin(prompts)
+    bench.propose({name: [4] for name in prompts})
+    bench.line.replies = [messages.DraftBatch(1, True, [], ["b", "c", "d"], None, True)]
+    bench.proposer.take_draft_token_ids()
+    bench.line.take()
+    bench.begin()
+    bench.propose({name: [5] for name in prompts})
+    (batch,) = bench.line.take()
+    assert isinstance(batch, messages.CommitBatch), "nothing is opened while the server is full"
+    assert [one.request_id for one in batch.commits] == ["a"]
+    bench.begin(finished=["a", "c"])
+    bench.line.take()
+    bench.propose({"b": [6], "d": [6]})
+    (begun,) = bench.line.take()
+    assert begun == messages.StepBegin([messages.Open("b", [1, 2, 4, 5, 6], None)], []), "one was closed there"
+    bench.line.generation += 1
+    bench.begin()
+    bench.propose({"b": [7], "d": [7]})
+    (begun,) = bench.line.take()
+    assert isinstance(begun, messages.StepBegin)
+    assert [one.request_id for one in begun.opens] == ["b", "d"], "another server, or session, may have more places"
+
+
 def test_drafts_for_another_position_request_or_vocabulary_are_dropped_and_long_ones_cut(bench: Bench) -> None:
     bench.begin({"a": [1], "b": [1, 2], "c": [1, 2, 3]})
     bench.propose({"a": [4], "b": [4], "c": [4]})

@@ -2,62 +2,19 @@
 
 import os
 import signal
-import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.fake_draft_server import OFFER
-from tests.fakes import FakeDraftModel
+from tests.remote_engine import SOON_S, TERMS, Engine, Servers
 from vllm_specbranch import messages
-from vllm_specbranch.draft_link import DraftLink
-from vllm_specbranch.keys import CLIENT_PUBLIC, CLIENTS, ClientKeys, load_client_keys, load_server_keys, make_keys
-from vllm_specbranch.messages import Commit, CommitBatch, Draft, Open, StepBegin, Terms
-from vllm_specbranch.metrics import EngineCounters
-from vllm_specbranch.rates import MAX_MESSAGES_PER_S
-from vllm_specbranch.remote_server import RemoteServer
-from vllm_specbranch.transport import connect
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-# Limits for a failing test; nothing here is measured.
-SOON_S = 60.0
-REPLY_TIMEOUT_MS = 2000.0
-ANY_PORT = "tcp://127.0.0.1:0"
-TERMS = Terms(OFFER.model_identity, OFFER.dtype, OFFER.num_speculative_tokens)
+from vllm_specbranch.keys import load_client_keys, load_server_keys, make_keys
+from vllm_specbranch.messages import Terms
 
 pytestmark = pytest.mark.timeout(240)
-
-
-class Servers:
-    """Starts draft servers, one after the other at the same address."""
-
-    def __init__(self, keys: Path) -> None:
-        self._keys = keys
-        self.address = ANY_PORT
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self, messages_per_s: float = MAX_MESSAGES_PER_S) -> str:
-        words = [self.address, str(self._keys), str(messages_per_s)]
-        command = [sys.executable, "-m", "tests.fake_draft_server", *words]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
-        assert self.process.stdout is not None
-        word, self.address = self.process.stdout.readline().split()
-        assert word == "ready"
-        return self.address
-
-    def end(self, number: int) -> int:
-        """Send a signal; returns the exit status."""
-        assert self.process is not None and self.process.stdout is not None
-        os.kill(self.process.pid, number)
-        status = self.process.wait(SOON_S)
-        self.process.stdout.close()
-        return status
 
 
 @pytest.fixture(scope="module")
@@ -72,73 +29,7 @@ def servers(keys: Path) -> Iterator[Servers]:
     found = Servers(keys)
     found.start()
     yield found
-    if found.process is not None and found.process.poll() is None:
-        found.end(signal.SIGKILL)
-
-
-class Engine:
-    """What the proposer does with its line, for one greedy request whose target agrees with the draft model."""
-
-    def __init__(
-        self, address: str, keys: ClientKeys, terms: Terms = TERMS, vocab_size: int = 50, start: int = 0
-    ) -> None:
-        self.counters = EngineCounters()
-        self.link = DraftLink(
-            RemoteServer(address),
-            vocab_size=vocab_size,
-            max_model_len=1000,
-            counters=self.counters,
-            terms=terms,
-            open_channel=partial(connect, security=keys),
-        )
-        self.model = FakeDraftModel(1, 1)
-        self.tokens = [start, start + 1, start + 2]
-        self.num_accepted = 0
-        self._draft: list[int] = []
-        self._generation = 0
-        self._is_known = False
-        self._round = 0
-
-    def step(self) -> Draft | None:
-        """One engine step: verify what was drafted, commit, collect the next draft."""
-        self.link.poll()
-        if self.link.generation != self._generation:
-            self._generation, self._is_known = self.link.generation, False
-        outcome = [*self._draft, *self.model.chain(self.tokens + self._draft, 1)]
-        position = len(self.tokens)
-        self.tokens += outcome
-        self.num_accepted += len(self._draft)
-        num_draft_tokens, self._draft = len(self._draft), []
-        if not self._is_known:
-            self._is_known = self.link.send(StepBegin([Open("a", self.tokens, None)], []))
-            return None
-        self._round += 1
-        commit = Commit("a", position, outcome, num_draft_tokens, None)
-        if not self.link.send(CommitBatch(self._round, 100.0, [commit], None)):
-            return None
-        reply = self.link.receive(self._round, REPLY_TIMEOUT_MS)
-        if reply is None:
-            return None
-        if reply.unknown:
-            self._is_known = False
-            return None
-        (draft,) = reply.drafts
-        assert draft.position == len(self.tokens)
-        assert draft.tokens == self.model.chain(self.tokens, len(draft.tokens)), "drafts are of this engine's request"
-        self._draft = draft.tokens
-        return draft
-
-    def run_until(self, condition: Callable[[], bool]) -> None:
-        until = time.monotonic() + SOON_S
-        while not condition():
-            assert time.monotonic() < until
-            self.step()
-            time.sleep(0.002)
-
-    def draft(self) -> None:
-        """Go on until some more drafts were accepted."""
-        wanted = self.num_accepted + 20
-        self.run_until(lambda: self.num_accepted >= wanted)
+    found.kill()
 
 
 @pytest.fixture
@@ -243,55 +134,6 @@ def test_an_engine_with_an_unknown_key_decodes_without_drafts(
     engine.draft()
 
 
-def flood(address: str, keys: ClientKeys, stop: threading.Event) -> None:
-    """A known engine gone wrong: many requests, garbage as fast as it is taken, and no reply is ever read."""
-    channel = connect(address, keys)
-    channel.send(messages.Hello("hostile", 50, 1000, False, TERMS))
-    opens = [Open(f"request {number}", list(range(20)), None) for number in range(1000)]
-    commits = [Commit(one.request_id, 20, [1], 0, None) for one in opens]
-    channel.send(StepBegin(opens[:100], []))
-    number = 0
-    while not stop.is_set():
-        number += 1
-        if number % 20 == 0:
-            time.sleep(0.001)  # Ten times too fast is enough; the processor is the test's as well.
-        if number % 1000 == 0:
-            channel.send(CommitBatch(number, 0.0, commits[:100], None))
-        if not channel._link.send([b"garbage"]):  # type: ignore[attr-defined]
-            time.sleep(0.001)
-    channel.close()
-
-
-def test_an_engine_gone_wrong_does_not_stop_the_others(
-    keys: Path, servers: Servers, engine: Engine, tmp_path: Path
-) -> None:
-    make_keys(tmp_path / "other")
-    hostile = replace(load_client_keys(tmp_path / "other"), server=load_server_keys(keys).public)
-    (keys / CLIENTS / "hostile.key").write_bytes((tmp_path / "other" / CLIENT_PUBLIC).read_bytes())
-    # A rate that a busy machine's flood exceeds too.
-    servers.end(signal.SIGKILL)
-    servers.start(messages_per_s=1200.0)
-    engine.draft()
-    stop = threading.Event()
-    thread = threading.Thread(target=flood, args=(servers.address, hostile, stop))
-    thread.start()
-    try:
-        for _ in range(5):
-            engine.draft()
-        engine.run_until(lambda: flooded(engine))
-        engine.draft()
-    finally:
-        stop.set()
-        thread.join()
-
-
-def flooded(engine: Engine) -> bool:
-    """Whether the server has dropped messages unread; asked for between two rounds."""
-    status = engine.link.query_status(SOON_S)
-    # None while the line is down, which a busy machine can make it be.
-    return status is not None and min(status.counters[f"num_{kind}_messages"] for kind in ("flood", "malformed")) > 0
-
-
 def test_an_engine_starts_without_its_server_and_finds_it_later(keys: Path, servers: Servers) -> None:
     servers.end(signal.SIGKILL)
     engine = Engine(servers.address, load_client_keys(keys))
@@ -304,3 +146,31 @@ def test_an_engine_starts_without_its_server_and_finds_it_later(keys: Path, serv
         assert isinstance(engine.link.query_status(SOON_S), messages.Status)
     finally:
         engine.link.close()
+
+
+def test_an_engine_with_two_servers_goes_to_the_other_when_one_dies_hangs_or_ends(keys: Path, servers: Servers) -> None:
+    """And on with the same request, opened there from its history."""
+    other = Servers(keys)
+    other.start()
+    engine = Engine(f"{servers.address},{other.address}", load_client_keys(keys))
+    try:
+        engine.draft()
+        assert engine.used == servers.address
+        servers.end(signal.SIGKILL)
+        engine.run_until(lambda: not engine.link.is_up)
+        engine.draft()
+        assert engine.used == other.address
+        servers.start()
+        assert other.process is not None
+        os.kill(other.process.pid, signal.SIGSTOP)
+        try:
+            engine.run_until(lambda: engine.used == servers.address)
+            engine.draft()
+        finally:
+            os.kill(other.process.pid, signal.SIGCONT)
+        assert servers.end(signal.SIGTERM) == 0
+        engine.run_until(lambda: engine.used == other.address)
+        engine.draft()
+    finally:
+        engine.link.close()
+        other.kill()

@@ -20,7 +20,7 @@ def wait_for_connection(server: RemoteServer, clock: Clock) -> float:
 
 def test_connections_are_tried_again_after_a_growing_back_off() -> None:
     clock = Clock()
-    server = RemoteServer("tcp://draft:1", clock=clock)
+    server = RemoteServer(["tcp://draft:1"], clock=clock)
     assert not server.is_running()
     assert server.ensure_running()
     assert not server.ensure_running(), "one connection at a time"
@@ -39,7 +39,7 @@ def test_connections_are_tried_again_after_a_growing_back_off() -> None:
 
 def test_a_final_refusal_is_asked_again_but_seldom() -> None:
     clock = Clock()
-    server = RemoteServer("tcp://draft:1", clock=clock)
+    server = RemoteServer(["tcp://draft:1"], clock=clock)
     server.ensure_running()
     server.refused(is_final=True)
     assert wait_for_connection(server, clock) == LONGEST_BACK_OFF_S
@@ -49,7 +49,7 @@ def test_a_final_refusal_is_asked_again_but_seldom() -> None:
 
 def test_a_stopped_one_stays_so() -> None:
     clock = Clock()
-    server = RemoteServer("tcp://draft:1", clock=clock)
+    server = RemoteServer(["tcp://draft:1"], clock=clock)
     server.ensure_running()
     server.stop()
     server.stop()

@@ -305,3 +305,22 @@ def test_there_is_no_draft_gpu_on_a_cpu_machine() -> None:
     settings = SpecBranchConfig.from_user({"model": "draft", "draft_device": 1})
     with pytest.raises(ConfigError, match="draft_device=1"):
         speculative_config._place_on_device(settings, SimpleNamespace())
+
+
+def test_ray_chooses_the_device_and_the_engine_s_processes_are_told_which_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def choose(*_: object) -> None:
+        raise AssertionError("that is for Ray to do")
+
+    monkeypatch.setattr(speculative_config, "_place_on_device", choose)
+    monkeypatch.setattr(speculative_config, "connected_address", lambda: "10.0.0.1:6379")
+    config = engine_args(ours(draft_placement="ray")).create_engine_config().speculative_config
+    assert pickle.loads(pickle.dumps(config)).ray_address == "10.0.0.1:6379"
+    assert config.specbranch.draft_device is None
+
+
+def test_ray_must_be_there_before_weights_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = SimpleNamespace(util=SimpleNamespace(find_spec=lambda _: None))
+    monkeypatch.setattr("vllm_specbranch.ray_cluster.importlib", nothing)
+    assert refused(engine_args(ours(draft_placement="ray"))).field == "draft_placement"
