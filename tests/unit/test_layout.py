@@ -44,7 +44,7 @@ ROOMS = {
     "branching": room("acceptance config token_tree"),
     "cli": ANYTHING,
     "compare": room("", "torch transformers"),
-    "config": room("addresses errors"),
+    "config": room("addresses errors setting_values"),
     "costs": room(),
     "deepen": room("errors made_models", "torch transformers"),
     "demo": ANYTHING,
@@ -54,33 +54,36 @@ ROOMS = {
     "draft_deterministic": room("draft_peers draft_request draft_server draft_work errors messages"),
     "draft_distributions": room("config messages snapshots", "numpy vllm"),
     "draft_identity": room(),
-    "draft_link": room("config errors messages metrics transport"),
-    "draft_loop": room("draft_server draft_steps errors messages token_tree transport", "msgspec"),
+    "draft_link": room("back_off config errors messages metrics transport"),
+    "draft_loop": room("draft_server draft_steps errors message_turns messages token_tree transport", "msgspec"),
     "draft_main": room(
         "addresses config draft_deterministic draft_loop draft_model draft_sampling draft_server draft_sessions draft_steps "
-        "draft_work errors kv_blocks placement planner transport"
+        "draft_work errors keys kv_blocks placement planner transport"
     ),
     "draft_memory": room("draft_model draft_steps kv_blocks token_tree", "numpy"),
     "draft_model": room("draft_runtime errors kv_blocks messages token_tree", "numpy torch vllm"),
-    "draft_peers": room("benefit_gate costs draft_request load_gate messages metrics"),
+    "draft_peers": room("benefit_gate costs draft_request load_gate messages metrics planner"),
     "draft_pressure": room("draft_request draft_work metrics"),
-    "draft_request": room("draft_sampling errors kv_blocks messages metrics online_head token_tree"),
+    "draft_request": room("draft_sampling errors kv_blocks messages metrics online_head planner token_tree"),
     "draft_runtime": room("draft_model errors kv_blocks messages", "numpy psutil torch vllm"),
     "draft_sampling": room(),
     "draft_server": room("draft_peers draft_request draft_steps draft_work errors messages planner token_tree"),
-    "draft_sessions": room("draft_server errors messages"),
+    "draft_sessions": room("draft_server draft_steps errors messages planner"),
     "draft_side": room(
-        "config draft_check draft_identity draft_link draft_model keys messages metrics placement remote_server transport",
+        "config draft_check draft_identity draft_link draft_model keys messages metrics placement ray_messages ray_placement "
+        "remote_server transport",
         "vllm",
     ),
     "draft_steps": room(
-        "draft_model draft_pressure draft_request draft_sampling draft_work errors kv_blocks metrics planner token_tree"
+        "draft_model draft_pressure draft_request draft_sampling draft_work errors fair_shares kv_blocks metrics planner "
+        "token_tree"
     ),
     "draft_work": room("costs draft_peers draft_request"),
     "emulation": room("measure_messages"),
     "engine_pace": room("config messages"),
     "engine_settings": room(),
     "errors": room(),
+    "fair_shares": room(),
     "head_check": room("config draft_check errors length_head", "huggingface_hub vllm"),
     "head_data": room("errors", "safetensors torch"),
     "head_features": room("errors", "torch vllm"),
@@ -98,24 +101,31 @@ ROOMS = {
     "measure": room("config errors measure_messages", "msgspec"),
     "measure_child": room("measure_messages observed_engine", "msgspec torch vllm"),
     "measure_messages": room("", "msgspec"),
+    "message_turns": room("messages"),
     "messages": room("errors", "msgspec"),
     "metrics": room(),
     "observed_draft_main": room("draft_ablations draft_main draft_model emulation kv_blocks token_tree"),
     "observed_engine": room("emulation errors measure_messages placement"),
     "online_head": room("token_tree"),
     "patching": room("errors"),
-    "placement": room("back_off config draft_model errors", "msgspec psutil ray"),
+    "placement": room("back_off config draft_model errors", "msgspec psutil"),
     "picture_style": room("", "matplotlib"),
-    "planner": room("acceptance branching config errors online_head token_tree"),
+    "planner": room("acceptance branching config errors online_head setting_values token_tree"),
     "plugin": room("errors patches patching", "vllm"),
     "prompts": room("errors"),
     "proposer": room(
         "config draft_distributions draft_link draft_sampling draft_side engine_pace errors messages metrics scheduler "
-        "scorer snapshots speculative_config target_head transport",
+        "ray_cluster scorer snapshots speculative_config target_head transport",
         "numpy torch vllm",
     ),
     "provenance": room("", "psutil"),
     "rates": room(),
+    "ray_actor": room("keys placement ray_messages", "msgspec ray"),
+    "ray_cluster": room("errors ray_messages"),
+    "ray_driver": room("ray_actor ray_messages", "msgspec ray"),
+    "ray_executor": room("config", "ray vllm"),
+    "ray_messages": room("config draft_model", "msgspec"),
+    "ray_placement": room("back_off config draft_model keys messages placement ray_messages transport", "msgspec zmq"),
     "remote_server": room("back_off"),
     "recording_worker": room("head_recorder proposer", "torch"),
     "replay": room(
@@ -132,9 +142,10 @@ ROOMS = {
         "config draft_distributions errors metrics reclaim snapshots speculative_config stat_logger", "vllm"
     ),
     "scorer": room("draft_distributions errors metrics", "numpy torch vllm"),
+    "setting_values": room("addresses errors"),
     "shipped_pair": room(),
     "snapshots": room("messages metrics"),
-    "speculative_config": room("config draft_check errors head_check keys plugin", "pydantic vllm"),
+    "speculative_config": room("config draft_check errors head_check keys plugin ray_cluster", "pydantic vllm"),
     "standalone": room(
         "addresses config draft_identity draft_loop draft_main draft_model draft_sessions draft_work errors keys kv_blocks "
         "transport",
@@ -159,7 +170,10 @@ PATCH_ROOM = room("config errors patching plugin proposer speculative_config sta
 # Where a habit may be broken, and why.
 MAY_READ_ENVIRONMENT = {"config.py": "the only reader; it also makes the environment of the draft server"}
 MAY_PRINT = {"cli.py": "talks to a person", "demo.py": "talks to a person"}
-MAY_CATCH_EVERYTHING = {"proposer.py": "the boundary to vLLM: a request survives any failure of the draft side"}
+MAY_CATCH_EVERYTHING = {
+    "proposer.py": "the boundary to vLLM: a request survives any failure of the draft side",
+    "ray_driver.py": "the end of a thread: of a start that fails by whatever the parent would wait for many minutes",
+}
 UNSAFE_SERIALISERS = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 
 MODULES = sorted(PACKAGE.glob("*.py"))

@@ -5,15 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from vllm_specbranch import back_off, placement
-from vllm_specbranch.config import OnMiss, SpecBranchConfig
+from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_model import DraftModelSettings
 from vllm_specbranch.placement import ServerProcess, ServerSpec, choose_cores, parse_target_cores, sibling_threads
+from vllm_specbranch.setting_values import OnMiss
 
 CONFIG = SpecBranchConfig.from_user({"model": "draft", "on_miss": "wait:3", "draft_cpu_cores": [0]})
 MODEL = DraftModelSettings(model="draft", max_model_len=64)
@@ -191,11 +193,27 @@ def test_a_long_healthy_life_ends_the_series(stand_in: Path) -> None:
             assert process.ensure_running()
             clock.now_s += lived_s
             process.kill()
-            assert not process.ensure_running(), "its death is noticed, the back-off begins"
+            wait_for(lambda: not process.is_running())
+            assert not process.ensure_running(), "the back-off has begun"
             clock.now_s += back_off_s - 0.01
             assert not process.ensure_running()
             clock.now_s += 0.02
         assert process.ensure_running()
+    finally:
+        process.stop()
+
+
+@pytest.mark.parametrize("end", [ServerProcess.kill, lambda process: process.refused(True)], ids=["hung", "refused"])
+def test_no_step_waits_for_the_end_of_a_child(
+    stand_in: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[ServerProcess], None]
+) -> None:
+    process = ServerProcess(CONFIG, MODEL, on_cpu=True)
+    try:
+        assert process.ensure_running()
+        with monkeypatch.context() as patched:
+            patched.setattr(process._process, "wait", lambda *args: pytest.fail("waited for the child"))
+            end(process)
+        wait_for(lambda: not process.is_running())
     finally:
         process.stop()
 
