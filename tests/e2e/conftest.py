@@ -48,6 +48,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
         expect_kill: bool = False,
         environment: dict[str, str] | None = None,
         runner: str = "tests.e2e.generate",
+        timeout_s: float = ENGINE_TIMEOUT_S,
         **engine: Any,
     ) -> dict[str, Any]:
         folder = tmp_path_factory.mktemp("engine")
@@ -79,7 +80,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
                 stderr=subprocess.STDOUT,
                 cwd=REPOSITORY,
                 env=variables,
-                timeout=ENGINE_TIMEOUT_S,
+                timeout=timeout_s,
                 check=False,
             )
         text = log.read_text()

@@ -22,17 +22,26 @@ from tests.e2e.head_probe import change_head, watch_features, watched_features
 
 def main() -> None:
     spec = json.load(sys.stdin)
+    llm = make_engine(spec)
+    result = run_jobs(llm, spec)
+    result["children"] = [child.pid for child in psutil.Process().children(recursive=True)]
+    Path(sys.argv[1]).write_text(json.dumps(result))
+    if spec.get("kill_engine"):
+        kill_engine(result["children"])
+    del llm
+
+
+def make_engine(spec: dict[str, Any]) -> Any:
     from vllm import LLM
 
-    llm = LLM(**spec["engine"], disable_log_stats=False)
+    return LLM(**spec["engine"], disable_log_stats=False)
+
+
+def run_jobs(llm: Any, spec: dict[str, Any]) -> dict[str, Any]:
     result: dict[str, Any] = {"jobs": [run_job(llm, job) for job in spec["jobs"]]}
     result["status"] = settled_status(llm) if spec["engine"].get("speculative_config") else {}
     result["metrics"] = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
-    children = [child.pid for child in psutil.Process().children(recursive=True)]
-    Path(sys.argv[1]).write_text(json.dumps(result))
-    if spec.get("kill_engine"):
-        kill_engine(children)
-    del llm
+    return result
 
 
 def settled_status(llm: Any) -> dict[str, Any]:
@@ -58,6 +67,8 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     params = [SamplingParams(**common | one) for one in sampling]
     prompts = [{"prompt_token_ids": tokens} for tokens in job["prompts"]]
     answers: list[list[int]] = []
+    if job.get("once_up"):
+        wait_until_up(llm)
     if job.get("with_ranks"):
         llm.collective_rpc(record_verification)
     if job.get("slow_down_s"):
@@ -91,6 +102,17 @@ def run_job(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     if job.get("with_status"):
         result["status"] = llm.collective_rpc("specbranch_status")[0]
     return result
+
+
+def wait_until_up(llm: Any, timeout_s: float = 120.0) -> None:
+    """Wait for the draft server. The line to it is looked after in the engine's steps, so there have to be some."""
+    from vllm import SamplingParams
+
+    until = time.monotonic() + timeout_s
+    while not llm.collective_rpc("specbranch_status")[0]["is_up"]:
+        assert time.monotonic() < until, "the draft server is not back"
+        llm.generate([{"prompt_token_ids": [1, 2, 3]}], SamplingParams(max_tokens=1), use_tqdm=False)
+        time.sleep(0.2)
 
 
 def meet(job: dict[str, Any], timeout_s: float = 240.0) -> None:
@@ -159,11 +181,20 @@ class Disturbance(threading.Thread):
 
 
 def kill_engine(children: list[int]) -> None:
-    """Die as hard as possible, and take the engine core along."""
+    """Die as hard as possible, and take the engine core along; the draft side has to find out by itself."""
     for pid in children:
-        if psutil.pid_exists(pid) and "draft_main" not in " ".join(psutil.Process(pid).cmdline()):
+        if psutil.pid_exists(pid) and not is_of_the_draft_side(psutil.Process(pid)):
             os.kill(pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_of_the_draft_side(process: psutil.Process) -> bool:
+    """Whether it is a draft server, or descends from what has Ray place one."""
+    try:
+        line = [process, *process.parents()]
+        return any(name in " ".join(one.cmdline()) for one in line for name in ("draft_main", "ray_driver"))
+    except psutil.NoSuchProcess:
+        return True
 
 
 if __name__ == "__main__":

@@ -78,6 +78,7 @@ def test_compiled_graphs_with_features_beside_those_without(
     assert sum(check_features(records).values()) == len(records) > 16
 
 
+@pytest.mark.long
 def test_features_of_two_ranks(
     run_engine: RunEngine, prompts: list[list[int]], assert_same: Any, plain_answers: list[list[int]]
 ) -> None:

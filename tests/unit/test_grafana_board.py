@@ -89,6 +89,7 @@ def test_what_operators_ask_about_is_on_it() -> None:
     wanted = (
         "hits_total misses_total rollback_tokens_total forks_total draft_rows_total reply_timeouts_total breaker_open "
         "draft_server_alive draft_server_ready draft_server_restarts_total draft_requests draft_queued_rows "
-        "draft_kv_blocks_held reclaimed_blocks_total"
+        "draft_kv_blocks_held reclaimed_blocks_total paused_rounds_total turned_away_total expired_requests_total "
+        "flood_messages_total malformed_messages_total refused_messages_total"
     )
     assert {PREFIX + suffix for suffix in wanted.split()} <= asked
