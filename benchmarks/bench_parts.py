@@ -31,9 +31,8 @@ from benchmarks.decode_times import overrun_share, step_parts
 from benchmarks.replay import HOLDOUT, PROMPT_CHARACTERS, record
 from benchmarks.replay_engine import times_of
 from benchmarks.result_file import begin, finish, require_counts, say
-from vllm_specbranch import weaken
+from vllm_specbranch import setting_values, weaken
 from vllm_specbranch.compare import GapOf, as_json, first_differences, transformers_gaps, with_gaps
-from vllm_specbranch.config import parse_cores
 from vllm_specbranch.draft_ablations import without
 from vllm_specbranch.errors import ConfigError, SpecBranchError
 from vllm_specbranch.lineup import Lineup, place, require_model
@@ -142,7 +141,7 @@ def bench(args: argparse.Namespace) -> int:
 def _lineup(args: argparse.Namespace, num_engines: int) -> Lineup:
     target, draft = require_model(args.target, "--target"), require_model(args.draft, "--draft")
     cores = {
-        option: parse_cores(given, option) if given else None
+        option: setting_values.cores(given, option) if given else None
         for option, given in (("--target-cores", args.target_cores), ("--draft-cores", args.draft_cores))
     }
     return Lineup(

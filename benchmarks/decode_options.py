@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeVar
 
 from benchmarks.decode_conditions import SHIPPED_SETS, parse_emulation
 from benchmarks.decode_rows import DEFAULT_GROUPS, GROUPS, POLICIES
-from vllm_specbranch.config import parse_cores
+from vllm_specbranch import setting_values
 from vllm_specbranch.demo import EXTRA_LAYERS, MLP_SIZE
 from vllm_specbranch.errors import ConfigError
 from vllm_specbranch.shipped_pair import draft_path, target_path
@@ -115,7 +115,7 @@ def _names(text: str) -> list[str]:
 
 
 def _cores(option: str) -> Callable[[str], tuple[int, ...]]:
-    return _told(lambda text: parse_cores(text, option))
+    return _told(lambda text: setting_values.cores(text, option))
 
 
 @_told
