@@ -175,6 +175,9 @@ def launch(
         [sys.executable, "-m", *(module or server_module)],
         stdin=subprocess.PIPE,
         env=child_environment(overrides, TARGET_ONLY_VARIABLES, defaults),
+        # A group of its own: should this process die while the child is stopped, and cannot see its lifeline close, the system
+        # hangs it up, as it does with stopped groups that lose their last parent in the session.
+        process_group=0,
     )
     assert process.stdin is not None
     # A child that dies at once breaks the pipe; its death is its owner's to report.
