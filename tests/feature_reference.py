@@ -3,7 +3,6 @@
 import functools
 from typing import Any
 
-from tests.heads import HIDDEN_SIZE, NUM_TARGET_LAYERS
 from tests.model_paths import TARGET
 
 # Request id, its committed tokens (the newest last), how many draft tokens the round verified, z.
@@ -15,14 +14,14 @@ TOLERANCE = 1e-4
 
 
 @functools.cache
-def reference_model() -> tuple[Any, list[Any]]:
-    """The target by transformers, and a list that its last layer appends its output to: transformers returns that one behind the
+def reference_model(target: str) -> tuple[Any, list[Any]]:
+    """A target by transformers, and a list that its last layer appends its output to: transformers returns that one behind the
     final norm only.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(TARGET, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
     outputs: list[Any] = []
     model.model.layers[-1].register_forward_hook(
         lambda _module, _inputs, output: outputs.append(output if torch.is_tensor(output) else output[0])
@@ -30,20 +29,20 @@ def reference_model() -> tuple[Any, list[Any]]:
     return model, outputs
 
 
-def reference(tokens: list[int]) -> tuple[Any, Any]:
+def reference(tokens: list[int], target: str = TARGET) -> tuple[Any, Any]:
     """By transformers: the residual stream after each of the last K layers `[K, n, hidden_size]`, and the embeddings."""
     import torch
 
-    model, last = reference_model()
+    model, last = reference_model(target)
     last.clear()
     with torch.inference_mode():
         ids = torch.tensor([tokens])
         states = model(ids, output_hidden_states=True).hidden_states
-        after = [*states[NUM_TARGET_LAYERS - NUM_LAYERS + 1 : NUM_TARGET_LAYERS], last[0]]
+        after = [*states[-NUM_LAYERS:-1], last[0]]
         return torch.stack([one[0] for one in after]), model.get_input_embeddings()(ids)[0]
 
 
-def check_features(records: list[Record]) -> dict[str, int]:
+def check_features(records: list[Record], target: str = TARGET) -> dict[str, int]:
     """Assert that every row is the right one; returns how many rounds there were of each kind."""
     import torch
 
@@ -51,11 +50,11 @@ def check_features(records: list[Record]) -> dict[str, int]:
     for name in {record[0] for record in records}:
         own = [record for record in records if record[0] == name]
         longest = max((record[1] for record in own), key=len)
-        states, embeddings = reference(longest)
+        states, embeddings = reference(longest, target)
         before = None
         for _, tokens, num_drafts, z in own:
             assert tokens == longest[: len(tokens)]
-            row = torch.tensor(z).view(NUM_LAYERS + 1, HIDDEN_SIZE)
+            row = torch.tensor(z).view(NUM_LAYERS + 1, -1)
             position = len(tokens) - 2
             scale = states[:, position].abs().amax(dim=1, keepdim=True)
             distances = ((row[:-1].unsqueeze(1) - states).abs() / scale.unsqueeze(1)).amax(dim=(0, 2))

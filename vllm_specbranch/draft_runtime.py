@@ -340,7 +340,9 @@ def _kv_owners(config: VllmConfig, layers: dict[str, Any], model: str) -> tuple[
         if spec is None:
             continue
         if isinstance(spec, SlidingWindowSpec):
-            spec = replace_as(spec, FullAttentionSpec, sliding_window=None, block_size=config.cache_config.block_size)
+            # What is kept beyond the window does not matter where all is kept.
+            everything = {"sliding_window": None, "block_size": config.cache_config.block_size}
+            spec = replace_as(spec, FullAttentionSpec, drop=("extra_retained_tokens",), **everything)
         if type(spec) is not FullAttentionSpec or not isinstance(layer, Attention):
             raise ConfigError(model, f"{SUPPORTED}; layer {name} has a {type(spec).__name__}", "model")
         backends.add(layer.get_attn_backend())

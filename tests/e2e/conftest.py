@@ -38,13 +38,17 @@ def num_new_tokens() -> int:
 
 @pytest.fixture(scope="session")
 def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
-    """Run jobs in a fresh engine; returns what the runner module wrote, with the log under `log`."""
+    """Run jobs in a fresh engine; returns what the runner module wrote, with the log under `log`.
+
+    The engine core runs in the process that reads the jobs, as vLLM can, unless `in_process` is false. What users get by default,
+    a process for it and one for each worker, takes twice as long to start: for tests that are about processes.
+    """
 
     def run(
         jobs: list[dict[str, Any]],
         *,
         speculative: dict[str, Any] | None = None,
-        in_process: bool = False,
+        in_process: bool = True,
         expect_kill: bool = False,
         environment: dict[str, str] | None = None,
         runner: str = "tests.e2e.generate",

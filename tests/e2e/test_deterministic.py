@@ -22,7 +22,6 @@ def test_seeded_text_repeats_itself_beside_a_busy_process(run_engine: RunEngine,
     result = run_engine(
         jobs,
         speculative={"deterministic": True},
-        in_process=True,
         enable_prefix_caching=False,
         max_num_seqs=NUM_PROMPTS,
     )

@@ -32,6 +32,9 @@ CASES: dict[str, dict[str, float]] = {
     "temperature 1.5": {"temperature": 1.5},
     "temperature 1.5, top_p 0.8, top_k 6": {"temperature": 1.5, "top_p": 0.8, "top_k": 6},
 }
+# One of each kind; the others are for `make test-long`.
+QUICK_CASES = ("temperature 0.5, top_p 0.9", "temperature 1.0", "temperature 1.5, top_p 0.8, top_k 6")
+OTHER_CASES = tuple(name for name in CASES if name not in QUICK_CASES)
 HEAD_CASES = ("temperature 0.5", "temperature 1.5, top_p 0.8, top_k 6")
 
 
@@ -107,31 +110,29 @@ TINY_ENGINE: dict[str, Any] = {
     "max_model_len": 64,
     "max_num_seqs": 64,
     "skip_tokenizer_init": True,
-    "in_process": True,
 }
 
 
-@pytest.fixture(scope="module")
-def plain_samples(run_engine: RunEngine, tiny_pair: tuple[str, str]) -> dict[str, list[list[int]]]:
+def plain_samples(run_engine: RunEngine, target: str, cases: Sequence[str]) -> dict[str, list[list[int]]]:
     """Plain vLLM's answers by case."""
-    plain_jobs = [{**job, "with_status": False} for job in jobs(CASES.values(), PROMPT, NUM_SEQUENCES, 1)]
-    done = run_engine(plain_jobs, model=tiny_pair[0], **TINY_ENGINE)["jobs"]
-    return {name: job["answers"] for name, job in zip(CASES, done, strict=True)}
+    wanted = jobs([CASES[name] for name in cases], PROMPT, NUM_SEQUENCES, 1)
+    done = run_engine([{**job, "with_status": False} for job in wanted], model=target, **TINY_ENGINE)["jobs"]
+    return {name: job["answers"] for name, job in zip(cases, done, strict=True)}
 
 
 @pytest.mark.parametrize(
-    "with_head",
-    [pytest.param(False, id="no head"), pytest.param(True, id="a head that says anything", marks=pytest.mark.long)],
+    ("cases", "with_head"),
+    [
+        pytest.param(QUICK_CASES, False, id="no head"),
+        pytest.param(OTHER_CASES, False, id="no head, other cases", marks=pytest.mark.long),
+        pytest.param(HEAD_CASES, True, id="a head that says anything", marks=pytest.mark.long),
+    ],
 )
 def test_joint_distribution_of_three_tokens(
-    run_engine: RunEngine,
-    tiny_pair: tuple[str, str],
-    plain_samples: dict[str, list[list[int]]],
-    tmp_path: Path,
-    with_head: bool,
+    run_engine: RunEngine, tiny_pair: tuple[str, str], tmp_path: Path, cases: tuple[str, ...], with_head: bool
 ) -> None:
     target, draft = tiny_pair
-    cases = HEAD_CASES if with_head else tuple(CASES)
+    plain = plain_samples(run_engine, target, cases)
     speculative: dict[str, Any] = {
         "model": draft,
         "num_speculative_tokens": 3,
@@ -154,7 +155,7 @@ def test_joint_distribution_of_three_tokens(
         least = LEAST_SAMPLED_SHARE_WITH_HEAD if with_head else LEAST_SAMPLED_SHARE
         assert share >= least, f"{name}: only {share:.0%} verified a sampled draft"
         found[name] = p_value(
-            (tuple(answer[1:]) for answer in plain_samples[name]), (tuple(answer[1:]) for answer in done["answers"])
+            (tuple(answer[1:]) for answer in plain[name]), (tuple(answer[1:]) for answer in done["answers"])
         )
         print(f"{name}: p = {found[name]:.4f}, {share:.0%} of the tokens verified a sampled draft")
     assert all(value > LEAST_P_VALUE for value in found.values()), found
@@ -170,7 +171,7 @@ def test_joint_distribution_of_three_tokens(
 def test_single_positions_of_the_shipped_pair(run_engine: RunEngine, prompts: list[list[int]]) -> None:
     """On a real vocabulary, as served: not deterministic, drafts whenever they are ready."""
     case = [{"temperature": 1.0}]
-    engine = {"max_num_seqs": 64, "max_model_len": 256}
+    engine: dict[str, Any] = {"max_num_seqs": 64, "max_model_len": 256, "in_process": False}
     prompt = prompts[0]
     plain = run_engine([{**jobs(case, prompt, NUM_SEQUENCES, 1)[0], "with_status": False}], **engine)
     ours = run_engine(jobs(case, prompt, NUM_SEQUENCES, 10**6), speculative={}, **engine)

@@ -46,7 +46,7 @@ def test_a_silent_server_costs_little_and_drafting_resumes(
 
 def test_no_process_outlives_a_killed_engine(run_engine: RunEngine, prompts: list[list[int]]) -> None:
     job = {"prompts": prompts[:2], "max_tokens": 8, "batch_size": 2}
-    result = run_engine([job], speculative={}, expect_kill=True)
+    result = run_engine([job], speculative={}, in_process=False, expect_kill=True)
     pid = result["status"]["server_pid"]
     until = time.monotonic() + 10.0
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:

@@ -104,7 +104,7 @@ def test_a_few_faults(
 ) -> None:
     """One of each kind that matters most, on a draft server behind a relay, without keys: garbage gets as far as it can."""
     wanted = job(few_prompts, num_new_tokens, SHORT_KINDS, seed=1, num_faults=len(SHORT_KINDS))
-    result = run_engine([wanted], speculative=speculative(is_remote=True), runner="tests.e2e.faults")
+    result = run_engine([wanted], speculative=speculative(is_remote=True), in_process=False, runner="tests.e2e.faults")
     assert sorted(one["kind"] for one in result["faults"]) == sorted(SHORT_KINDS)
     check(result, len(SHORT_KINDS), few_prompts, plain_answers)
     assert "Traceback" not in result["server_log"]
@@ -131,6 +131,10 @@ def test_a_hundred_faults(
     wanted = job(prompts, num_new_tokens, kinds, seed=num_faults, num_faults=num_faults)
     wanted |= {"is_remote": is_remote, "is_insecure": is_insecure, "longest_s": 6.0, "share_awaited": 0.67}
     result = run_engine(
-        [wanted], speculative=speculative(is_remote), runner="tests.e2e.faults", timeout_s=LONG_TIMEOUT_S
+        [wanted],
+        speculative=speculative(is_remote),
+        in_process=False,
+        runner="tests.e2e.faults",
+        timeout_s=LONG_TIMEOUT_S,
     )
     check(result, num_faults, prompts, plain_answers)

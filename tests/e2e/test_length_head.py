@@ -38,7 +38,6 @@ def test_features_are_transformers_hidden_states_and_any_head_leaves_greedy_answ
     result = run_engine(
         jobs,
         speculative={"length_head": heads["random"], "on_miss": "wait:2", "reply_timeout_ms": 1000},
-        in_process=True,
         max_num_batched_tokens=CHUNK,
         num_gpu_blocks_override=60,
     )
@@ -67,7 +66,7 @@ def test_compiled_graphs_with_features_beside_those_without(
     """One cache for all engines of this machine: a graph that was compiled without hidden states cannot be taken for one with."""
     common = {"prompts": prompts[:16], "max_tokens": num_new_tokens, "batch_size": 16, "with_status": True}
     watched = common | {"prompts": prompts[:4], "max_tokens": 16, "batch_size": 4, "with_features": True}
-    settings: dict[str, Any] = {"in_process": True, "enforce_eager": False}
+    settings: dict[str, Any] = {"enforce_eager": False}
     plain = run_engine([common], speculative={"policy": "fanout"}, **settings)
     ours = run_engine([common, watched], speculative={"policy": "fanout", "length_head": heads["random"]}, **settings)
     assert_same(plain["jobs"][0]["answers"])
@@ -90,7 +89,6 @@ def test_features_of_two_ranks(
     result = run_engine(
         [job],
         speculative={"draft_cpu_cores": last_core(), "head_layers": NUM_LAYERS, "reply_timeout_ms": 1000},
-        in_process=True,
         environment={"VLLM_CPU_OMP_THREADS_BIND": f"{cores[0]}|{cores[-1]}"},
         tensor_parallel_size=2,
     )

@@ -23,7 +23,7 @@ def test_128_new_tokens_while_the_draft_server_is_stopped_and_killed(
     disturbed["disturb"]["then_wait_s"] = 5.0  # type: ignore[index]
     calm = {"prompts": prompts, "max_tokens": 128}
     jobs = [disturbed | {"batch_size": 4}, calm | {"batch_size": 16}, calm | {"batch_size": 1}]
-    result = run_engine(jobs, speculative={"policy": policy})
+    result = run_engine(jobs, speculative={"policy": policy}, in_process=False)
     for done in result["jobs"]:
         assert_same(done["answers"], plain)
     engine = result["status"]["engine"]

@@ -32,8 +32,8 @@ def test_batches_of_1_4_and_16_in_separate_processes(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
 ) -> None:
     # One at a time takes long, and adds no more than the first few.
-    jobs = [job(prompts[:16] if size == 1 else prompts, num_new_tokens, size) for size in (1, 4, 16)]
-    result = run_engine(jobs, speculative={"policy": policy})
+    jobs = [job(prompts[: 16 * size], num_new_tokens, size) for size in (1, 4, 16)]
+    result = run_engine(jobs, speculative={"policy": policy}, in_process=False)
     for done in result["jobs"]:
         assert_same(done["answers"])
     assert_drafting(result["status"], LOADED_ACCEPTANCE_LENGTH)
@@ -45,8 +45,8 @@ def test_batches_of_1_4_and_16_in_process_compiled(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
 ) -> None:
     # One at a time takes long, and adds no more than the first few.
-    jobs = [job(prompts[:16] if size == 1 else prompts, num_new_tokens, size) for size in (1, 4, 16)]
-    result = run_engine(jobs, speculative={"policy": policy}, in_process=True, enforce_eager=False)
+    jobs = [job(prompts[: 16 * size], num_new_tokens, size) for size in (1, 4, 16)]
+    result = run_engine(jobs, speculative={"policy": policy}, enforce_eager=False)
     for done in result["jobs"]:
         assert_same(done["answers"])
     assert_drafting(result["status"], LOADED_ACCEPTANCE_LENGTH)
@@ -58,10 +58,10 @@ def test_chunked_prefill_prefix_hits_preemptions_and_a_killed_draft_server(
 ) -> None:
     # 16 requests of up to 276 tokens need up to 9 blocks each; 60 blocks force preemptions.
     jobs = [
-        job(prompts, num_new_tokens, 16),
+        job(prompts[:32], num_new_tokens, 16),
         job(prompts[:16], num_new_tokens, 16),
         job(prompts, num_new_tokens, 16, disturb={"after_s": 1.0, "signals": [["SIGKILL", 0.0]]}),
-        job(prompts, num_new_tokens, 8),
+        job(prompts[:32], num_new_tokens, 8),
     ]
     result = run_engine(jobs, speculative={"policy": policy}, max_num_batched_tokens=64, num_gpu_blocks_override=60)
     for done in result["jobs"]:

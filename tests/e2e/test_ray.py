@@ -125,6 +125,7 @@ def test_workers_and_draft_server_share_the_placement_group_of_an_engine_that_ra
             speculative={**SETTINGS, "reply_timeout_ms": 200},
             environment=ENVIRONMENT | cluster.environment | {"VLLM_CPU_OMP_THREADS_BIND": binding},
             runner="tests.e2e.ray_engine",
+            in_process=False,
             distributed_executor_backend=executor,
             tensor_parallel_size=num_workers,
         )
@@ -156,6 +157,7 @@ def test_ray_is_started_where_it_was_not_and_nothing_outlives_a_killed_engine(
             [job],
             speculative={**SETTINGS, "reply_timeout_ms": 200},
             environment=ENVIRONMENT | {"RAY_TMPDIR": directory, "RAY_ADDRESS": ""},
+            in_process=False,
             expect_kill=True,
         )
         assert_same(result["jobs"][0]["answers"], [answer[:32] for answer in plain_answers[:4]])

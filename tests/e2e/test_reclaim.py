@@ -28,7 +28,6 @@ def test_trimming_at_every_step_changes_no_token_and_leaves_no_table_behind(
             "max_branches": 2,
             "reply_timeout_ms": 1000,
         },
-        in_process=True,
         runner="tests.e2e.trimming",
         max_num_batched_tokens=128,
         num_gpu_blocks_override=60,

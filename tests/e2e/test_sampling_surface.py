@@ -76,7 +76,7 @@ def plain(run_engine: RunEngine, bases: list[Base]) -> dict[str, Any]:
         {"refused_by": None, "params": REFUSED},
         {"refused_by": NGRAM, "params": REFUSED},
     ]
-    return run_engine(jobs, in_process=True, **ENGINE)
+    return run_engine(jobs, **ENGINE)
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +379,6 @@ def test_a_lora_adapter_on_the_target(run_engine: RunEngine, bases: list[Base], 
     # Two, though one is used: vLLM's CPU operators give a request without an adapter the one in the last slot.
     engine: dict[str, Any] = {
         "runner": RUNNER,
-        "in_process": True,
         "enable_lora": True,
         "max_loras": 2,
         "structured_outputs_config": {"backend": "guidance"},

@@ -7,7 +7,7 @@ import pytest
 from tests.e2e.conftest import RunEngine, near_tie_gap
 from tests.e2e.soak import make_requests
 
-NUM_REQUESTS = 250
+NUM_REQUESTS = 150
 CONTEXT = 256
 # What allocators may add on the second day, per process.
 MOST_GROWTH = 8 << 20
@@ -20,25 +20,22 @@ def job(prompts: list[list[int]]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def day(run_engine: RunEngine, job: dict[str, Any]) -> dict[str, Any]:
-    """28 blocks for requests of up to 8 blocks each; prompts are prefilled in chunks; three priorities."""
+    """24 blocks for requests of up to 8 blocks each; prompts are prefilled in chunks; three priorities."""
     return run_engine(
         [job],
         speculative={"num_speculative_tokens": 6, "reply_timeout_ms": 500},
         runner="tests.e2e.soak",
-        in_process=True,
         environment={"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16"},
         max_model_len=CONTEXT,
         max_num_seqs=64,
         max_num_batched_tokens=128,
-        num_gpu_blocks_override=28,
+        num_gpu_blocks_override=24,
         scheduling_policy="priority",
     )
 
 
 def test_greedy_answers_are_plain_vllm_s(run_engine: RunEngine, job: dict[str, Any], day: dict[str, Any]) -> None:
-    plain = run_engine(
-        [job], runner="tests.e2e.soak", in_process=True, max_model_len=CONTEXT, scheduling_policy="priority"
-    )
+    plain = run_engine([job], runner="tests.e2e.soak", max_model_len=CONTEXT, scheduling_policy="priority")
     requests = make_requests(job)
     compared = 0
     gaps = []
@@ -81,8 +78,8 @@ def test_the_day_was_a_hard_one(day: dict[str, Any]) -> None:
     engine = day["status"]["engine"]
     assert day["num_aborted"] > 0.1 * NUM_REQUESTS
     assert day["metrics"]["vllm:num_preemptions"] > 10
-    assert engine["num_accepted_tokens"] > 500
-    assert engine["num_sampled_outcomes"] > 500
+    assert engine["num_accepted_tokens"] > 2 * NUM_REQUESTS
+    assert engine["num_sampled_outcomes"] > 2 * NUM_REQUESTS
     assert engine["num_foreign_drafts"] == engine["num_unsound_distributions"] == 0
 
 
