@@ -33,7 +33,7 @@ def accepts(answer: list[int], prompt: list[int], model: Any) -> int:
 @pytest.mark.parametrize(
     "architecture",
     [
-        name if name == "qwen3" else pytest.param(name, marks=pytest.mark.long)
+        name if name == "gemma3" else pytest.param(name, marks=pytest.mark.long)
         for name in (*WITH_HIDDEN_STATES, *WITHOUT)
     ],
 )

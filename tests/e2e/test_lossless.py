@@ -32,7 +32,7 @@ def test_batches_of_1_4_and_16_in_separate_processes(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
 ) -> None:
     # One at a time takes long, and adds no more than the first few.
-    jobs = [job(prompts[: 16 * size], num_new_tokens, size) for size in (1, 4, 16)]
+    jobs = [job(prompts[: 8 * size], num_new_tokens, size) for size in (1, 4, 16)]
     result = run_engine(jobs, speculative={"policy": policy}, in_process=False)
     for done in result["jobs"]:
         assert_same(done["answers"])
@@ -45,7 +45,7 @@ def test_batches_of_1_4_and_16_in_process_compiled(
     run_engine: RunEngine, prompts: list[list[int]], num_new_tokens: int, assert_same: Same, policy: str
 ) -> None:
     # One at a time takes long, and adds no more than the first few.
-    jobs = [job(prompts[: 16 * size], num_new_tokens, size) for size in (1, 4, 16)]
+    jobs = [job(prompts[: 8 * size], num_new_tokens, size) for size in (1, 4, 16)]
     result = run_engine(jobs, speculative={"policy": policy}, enforce_eager=False)
     for done in result["jobs"]:
         assert_same(done["answers"])
@@ -61,7 +61,7 @@ def test_chunked_prefill_prefix_hits_preemptions_and_a_killed_draft_server(
         job(prompts[:32], num_new_tokens, 16),
         job(prompts[:16], num_new_tokens, 16),
         job(prompts, num_new_tokens, 16, disturb={"after_s": 1.0, "signals": [["SIGKILL", 0.0]]}),
-        job(prompts[:32], num_new_tokens, 8),
+        job(prompts[:32], num_new_tokens, 8, once_up=True),
     ]
     result = run_engine(jobs, speculative={"policy": policy}, max_num_batched_tokens=64, num_gpu_blocks_override=60)
     for done in result["jobs"]:

@@ -90,12 +90,11 @@ def test_a_killed_actor_under_load_loses_nothing_and_drafting_resumes(
     ("executor", "num_workers"),
     [
         (EXECUTOR, 1),
-        (EXECUTOR, 2),
+        pytest.param(EXECUTOR, 2, marks=pytest.mark.long),
         # One worker of the engine's own, which Ray knows nothing of.
-        ("mp", 1),
+        pytest.param("mp", 1, marks=pytest.mark.long),
     ],
 )
-@pytest.mark.long
 def test_workers_and_draft_server_share_the_placement_group_of_an_engine_that_ray_started(
     run_engine: RunEngine,
     prompts: list[list[int]],
