@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from benchmarks import bench_parts
 from tests.decode_results import made_run
-from tests.unit.test_replay import BLOCK_SIZE, NUM_BLOCKS, fake, recordings_of
+from tests.made_recordings import BLOCK_SIZE, NUM_BLOCKS, fake, recordings_of
 from vllm_specbranch.draft_ablations import PARTS
 from vllm_specbranch.measure_messages import EngineSpec, Forward, RunResult
 from vllm_specbranch.replay import Recording

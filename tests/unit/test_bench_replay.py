@@ -17,7 +17,7 @@ from benchmarks.replay_engine import (
     times_of,
 )
 from benchmarks.replay_report import Line, engine_text, lines_as_table
-from tests.unit.test_replay import BLOCK_SIZE, NUM_BLOCKS, fake, recordings_of
+from tests.made_recordings import BLOCK_SIZE, NUM_BLOCKS, fake, recordings_of
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.lineup import Lineup, Placement
 from vllm_specbranch.measure_messages import EngineSpec, Forward, RequestTrace, RunResult

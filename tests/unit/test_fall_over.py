@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.unit.test_draft_link import Clock, Waiting
+from tests.link_bench import Clock, Waiting
 from vllm_specbranch import messages
 from vllm_specbranch.back_off import FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S
 from vllm_specbranch.draft_link import SILENCE_S, DraftLink

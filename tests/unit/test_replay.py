@@ -1,95 +1,30 @@
-"""The replay: its counts against simulations written here, its bound, its memory, and the wire as the engine uses it."""
+"""The replay: its counts against a simulation written here, the wire as the engine uses it, and what takes time.
+
+Its bound: test_replay_bounds; its memory: test_draft_memory.
+"""
 
 import dataclasses
-import itertools
-import random
 from collections.abc import Sequence
-from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.fakes import FakeDraftModel
-from vllm_specbranch import draft_memory, messages, replay
-from vllm_specbranch.config import SpecBranchConfig
-from vllm_specbranch.draft_memory import RememberingModel
-from vllm_specbranch.errors import SpecBranchError
-from vllm_specbranch.kv_blocks import KVBlocks
-from vllm_specbranch.replay import Recording, Replayed, Times
-from vllm_specbranch.replay_bounds import (
-    acceptance,
-    agreement,
-    best_sequential,
-    coverage,
-    every_outcome_guessed,
-    sequential,
+from tests.made_recordings import (
+    POLICIES,
+    agree_lists,
+    config,
+    draft_step_ms,
+    fake,
+    gammas,
+    patient,
+    ratios,
+    recordings_of,
+    run,
 )
-from vllm_specbranch.token_tree import Candidates
-
-BLOCK_SIZE = 4
-# Other work on the machine must not fail an example.
-patient = settings(deadline=None, max_examples=50)
-NUM_BLOCKS = 400
-POLICIES: list[dict[str, object]] = [
-    {"policy": "pearl"},
-    {"policy": "specbranch", "on_miss": "go"},
-    {"policy": "specbranch", "on_miss": "wait:2", "stop_threshold": 0.5},
-    {"policy": "specbranch", "max_branches": 3, "stop_rule": "none"},
-    {"policy": "specbranch", "stop_rule": "adaedl"},
-    {"policy": "fanout"},
-    {"policy": "best_first", "max_branches": 8},
-]
-
-
-class SteadyModel(FakeDraftModel):
-    """Its first candidates are the same however many are asked for, as those of a model are."""
-
-    def predict(self, context: Sequence[int], top_k: int, sampling: messages.Sampling | None = None) -> Candidates:
-        found = super().predict(context, self.vocab_size, sampling)
-        return Candidates(found.token_ids[:top_k], found.probs[:top_k])
-
-
-def fake(num_blocks: int = NUM_BLOCKS) -> tuple[SteadyModel, KVBlocks]:
-    return SteadyModel(num_blocks, BLOCK_SIZE), KVBlocks(num_blocks, BLOCK_SIZE)
-
-
-def recordings_of(agrees: Sequence[Sequence[bool]], num_beyond: int = 0, num_prompt_tokens: int = 3) -> list[Recording]:
-    """Recordings whose tokens are the draft's first choice where `agrees` says so, else its second."""
-    model, _ = fake()
-    made = []
-    for index, choices in enumerate(agrees):
-        prompt = [index, *range(1, num_prompt_tokens)]
-        tokens: list[int] = []
-        for agree in choices:
-            tokens.append(model.predict([*prompt, *tokens], 2).token_ids[0 if agree else 1])
-        made.append(Recording(tuple(prompt), tuple(tokens), len(tokens) - num_beyond))
-    return made
-
-
-def config(gamma: int = 4, **keys: object) -> SpecBranchConfig:
-    return SpecBranchConfig.from_user({"model": "draft", "num_speculative_tokens": gamma, **keys})
-
-
-def run(chosen: SpecBranchConfig, recordings: Sequence[Recording], times: Times, batch_size: int = 1) -> Replayed:
-    model, kv = fake()
-    result = replay.replay(chosen, model, kv, recordings, times, batch_size)
-    assert kv.num_held == 0 and kv.num_tables == 0
-    return result
-
-
-def seen_by(recordings: Sequence[Recording]) -> Any:
-    model, kv = fake()
-    found = agreement(model, kv, recordings, 4)
-    assert kv.num_held == 0
-    return found
-
-
-# Durations are multiples of 1/16 s, so that sums are exact and what ends at the same time really does.
-draft_step_ms = 125.0
-agree_lists = st.lists(st.lists(st.booleans(), min_size=1, max_size=24), min_size=1, max_size=3)
-gammas = st.integers(1, 6)
-ratios = st.integers(1, 24).map(lambda halves: halves / 2)
+from vllm_specbranch import messages, replay
+from vllm_specbranch.errors import SpecBranchError
+from vllm_specbranch.replay import Recording, Replayed, Times
 
 
 def pearl_rounds(agrees: Sequence[Sequence[bool]], gamma: int, ratio: float) -> tuple[int, int, float]:
@@ -165,64 +100,6 @@ def test_a_batch_that_is_not_full_is_not_steady() -> None:
 
 
 @patient
-@given(agree_lists, st.integers(0, 6), ratios)
-def test_sequential_is_as_simulated(agrees: list[list[bool]], gamma: int, ratio: float) -> None:
-    recordings = recordings_of(agrees)
-    times = Times(ratio * draft_step_ms, draft_step_ms, target_token_cost=0.25, draft_token_cost=0.5)
-    result = sequential(recordings, seen_by(recordings), gamma, times)
-    model, _ = fake()
-    rounds, time_ms = 0, 0.0
-    for one in recordings:
-        done, chunk = 0, 0
-        while done < len(one.tokens):
-            drafted = model.chain([*one.prompt, *one.tokens[:done]], min(chunk, len(one.tokens) - done), 4)
-            rounds += 1
-            time_ms += (gamma if done else 0) * draft_step_ms + ratio * draft_step_ms * (1 + 0.25 * len(drafted))
-            done += 1
-            for ours in drafted:
-                if done > len(one.tokens) or ours != one.tokens[done - 1]:
-                    break
-                done += 1
-            chunk = gamma
-    assert result.num_rounds == rounds
-    assert result.time_s == pytest.approx(time_ms / 1e3)
-
-
-def test_plain_decoding_takes_one_round_a_token() -> None:
-    recordings = recordings_of([[True] * 5, [False] * 3])
-    plain = sequential(recordings, seen_by(recordings), 0, Times(10.0, 1.0, overhead_ms=2.0))
-    assert (plain.num_rounds, plain.num_draft_tokens, plain.time_s) == (8, 0, pytest.approx(8 * 12e-3))
-    both = sequential(recordings, seen_by(recordings), 0, Times(10.0, 1.0, target_token_cost=0.1), 2)
-    assert (both.num_rounds, both.num_forwards) == (8, 5)
-    assert both.time_s == pytest.approx((3 * 11.0 + 2 * 10.0) / 1e3)
-
-
-@patient
-@given(agree_lists, gammas, ratios, st.sampled_from(POLICIES), st.sampled_from([0.0, 0.125]))
-def test_no_policy_is_quicker_than_every_outcome_guessed(
-    agrees: list[list[bool]], gamma: int, ratio: float, policy: dict[str, object], cost: float
-) -> None:
-    recordings = recordings_of(agrees)
-    times = Times(ratio * draft_step_ms, draft_step_ms, cost, cost)
-    bound = every_outcome_guessed(recordings, seen_by(recordings), gamma, times)
-    result = run(config(gamma, **policy), recordings, times)
-    assert bound.time_s <= result.time_s + 1e-9
-    assert bound.num_tokens == result.num_tokens == sum(map(len, agrees))
-    assert bound.num_accepted_tokens + bound.num_rounds >= bound.num_tokens
-    own = sequential(recordings, seen_by(recordings), gamma, times)
-    assert bound.time_s <= own.time_s + 1e-9
-
-
-def test_every_outcome_guessed_of_a_perfect_draft() -> None:
-    """One token is ready after each draft step, and a round takes two: two tokens a round at best."""
-    recordings = recordings_of([[True] * 7])
-    result = every_outcome_guessed(recordings, seen_by(recordings), 4, Times(2.0, 1.0))
-    # Places 0..6: the first round commits 0 at 2, when 1 has just been drafted; the next one 1 and 2 at 4, then 3 and 4, 5 and 6.
-    assert result.time_s == pytest.approx(8e-3)
-    assert every_outcome_guessed(recordings, seen_by(recordings), 1, Times(100.0, 1.0)).num_rounds == 4
-
-
-@patient
 @given(agree_lists, st.sampled_from(POLICIES), st.integers(1, 3))
 def test_the_server_is_told_the_recorded_path(
     agrees: list[list[bool]], policy: dict[str, object], batch_size: int
@@ -276,20 +153,6 @@ def test_deterministic_counts_do_not_depend_on_time(
 
 
 @patient
-@given(agree_lists, gammas, st.sampled_from([1.0, 2.0, 7.5]))
-def test_a_slower_target_takes_longer(agrees: list[list[bool]], gamma: int, ratio: float) -> None:
-    recordings = recordings_of(agrees)
-    ours = seen_by(recordings)
-    quick, slow = Times(ratio, 1.0), Times(1.5 * ratio, 1.0)
-    assert sequential(recordings, ours, gamma, quick).time_s < sequential(recordings, ours, gamma, slow).time_s
-    bounds = [every_outcome_guessed(recordings, ours, gamma, one).time_s for one in (quick, slow)]
-    assert bounds[0] < bounds[1]
-    assert (
-        best_sequential(recordings, ours, [gamma, 0], quick)[1].time_s <= sequential(recordings, ours, 0, quick).time_s
-    )
-
-
-@patient
 @given(st.lists(st.booleans(), min_size=2, max_size=30), gammas)
 def test_tokens_beyond_the_end_decide_the_last_round_only(agree: list[bool], gamma: int) -> None:
     whole, cut = recordings_of([agree]), recordings_of([agree], num_beyond=len(agree) // 2)
@@ -297,81 +160,6 @@ def test_tokens_beyond_the_end_decide_the_last_round_only(agree: list[bool], gam
     result = run(config(gamma, policy="pearl"), cut, times)
     assert result.num_tokens == cut[0].num_tokens
     assert result.num_rounds <= run(config(gamma, policy="pearl"), whole, times).num_rounds
-
-
-# --- what the draft thinks of the recordings -------------------------------------------------------------------------
-
-
-@patient
-@given(agree_lists)
-def test_agreement_is_the_place_of_the_targets_token(agrees: list[list[bool]]) -> None:
-    found = seen_by(recordings_of(agrees))
-    assert [list(one.ranks) for one in found] == [[0 if agree else 1 for agree in one] for one in agrees]
-    total = list(itertools.chain.from_iterable(agrees))
-    assert acceptance(found) == pytest.approx(sum(total) / len(total))
-    assert coverage(found, 2) == 1.0
-    assert found[0].run_length(0, 99) == (agrees[0] + [False]).index(False)
-
-
-def test_tokens_the_draft_does_not_think_of_have_no_rank() -> None:
-    model, kv = fake()
-    candidates = model.predict([7], 4).token_ids
-    strange = next(token for token in range(50) if token not in candidates)
-    (found,) = agreement(model, kv, [Recording((7,), (strange,), 1)], 4)
-    assert found.ranks == (-1,) and coverage([found], 4) == 0.0
-
-
-def test_long_prompts_and_many_recordings_are_fed_in_parts() -> None:
-    model, kv = fake()
-    generator = random.Random(1)
-    many = [
-        Recording(tuple(generator.randrange(50) for _ in range(600)), (generator.randrange(50),), 1) for _ in range(5)
-    ]
-    found = agreement(model, kv, many, 50)
-    for one, ours in zip(many, found, strict=True):
-        assert model.predict(one.prompt, 50).token_ids[ours.ranks[0]] == one.tokens[0]
-    assert max(model.rows_per_forward) == 2
-
-
-# --- memory ----------------------------------------------------------------------------------------------------------
-
-
-@patient
-@given(
-    agree_lists,
-    st.lists(st.tuples(gammas, st.sampled_from(POLICIES), ratios), min_size=2, max_size=4),
-    st.booleans(),
-    st.sampled_from([0, 3, 4096]),
-)
-def test_remembering_changes_nothing(
-    agrees: list[list[bool]], cases: list[tuple[int, dict[str, object], float]], is_tight: bool, most_copies: int
-) -> None:
-    recordings = recordings_of(agrees)
-    num_blocks = 30 if is_tight else NUM_BLOCKS
-    bare, kv = fake(num_blocks)
-    asked, _ = fake(num_blocks)
-    remembering = RememberingModel(asked, num_blocks, BLOCK_SIZE, 3, 8)
-    for gamma, policy, ratio in cases:
-        times = Times(ratio, 1.0)
-        chosen = config(gamma, **policy)
-        expected = replay.replay(chosen, bare, kv, recordings, times, 2)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(draft_memory, "MAX_COPIES", most_copies)
-            assert replay.replay(chosen, remembering, kv, recordings, times, 2) == expected
-    assert all(count <= 3 for count in asked.rows_per_forward)
-
-
-def test_what_is_remembered_is_not_asked_for_again() -> None:
-    recordings = recordings_of([[True, False] * 8])
-    asked, kv = fake()
-    remembering = RememberingModel(asked, NUM_BLOCKS, BLOCK_SIZE)
-    replay.replay(config(), remembering, kv, recordings, Times(5.0, 1.0))
-    count = asked.num_forwards
-    replay.replay(config(), remembering, kv, recordings, Times(5.0, 1.0))
-    assert asked.num_forwards == count
-    # More candidates than before are another question.
-    replay.replay(config(max_branches=12), remembering, kv, recordings, Times(5.0, 1.0))
-    assert asked.num_forwards > count
 
 
 # --- time ------------------------------------------------------------------------------------------------------------
