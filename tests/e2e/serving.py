@@ -57,22 +57,26 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, arguments: Sequence[str], cores: Sequence[int], environment: dict[str, str] | None = None
+    folder: Path,
+    arguments: Sequence[str],
+    cores: Sequence[int] | None,
+    environment: dict[str, str] | None = None,
+    **more: Any,
 ) -> Iterator[Server]:
     """The shipped pair behind `vllm serve --speculative-config specbranch`.
 
     Args:
         folder: for the settings and the log.
         arguments: of `vllm serve`, beside what every test here wants.
-        cores: of the draft server.
+        cores: of the draft server; None for one that no engine starts.
         environment: variables beside those of this process.
+        more: settings.
     """
     settings = folder / "settings.json"
-    settings.write_text(
-        json.dumps(
-            {"model": DRAFT, "num_speculative_tokens": 8, "draft_cpu_cores": list(cores), "reply_timeout_ms": 500}
-        )
-    )
+    speculative: dict[str, Any] = {"model": DRAFT, "num_speculative_tokens": 8, "reply_timeout_ms": 500, **more}
+    if cores is not None:
+        speculative["draft_cpu_cores"] = list(cores)
+    settings.write_text(json.dumps(speculative))
     port = free_port()
     command = [VLLM, "serve", TARGET, "--speculative-config", "specbranch", *arguments]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "pair", "--dtype", "float32"]
