@@ -21,7 +21,7 @@ install: $(STAMP)
 demo: $(STAMP)  ## the main job: the same prompts by plain vLLM, its draft_model, and specbranch
 	@$(BIN)/vllm-specbranch demo
 
-test: $(STAMP)  ## every test not marked long; about three quarters of an hour on 2 cores; stops between tests after 52
+test: $(STAMP)  ## every test not marked long; half an hour to three quarters on 2 cores; stops between tests after 52
 	@$(PYTEST) --session-timeout=3120 $(PYTEST_ARGS)
 
 test-long: $(STAMP)  ## the tests marked long; keeps what they printed
