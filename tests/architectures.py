@@ -3,7 +3,9 @@
 qwen3    norms of queries and keys, heads wider than the hidden size shares out, tied embeddings
 granite  scaled embeddings, attention and residual stream: vLLM's layers hand on one tensor, not a sum and a residue
 gemma3   layers with a sliding window beside full ones, scaled embeddings, norms after the blocks
-gpt2     learned positions, LayerNorm with a bias; vLLM cannot return its hidden states
+gpt2     learned positions, LayerNorm with a bias
+
+Of the last two vLLM cannot return the hidden states.
 """
 
 from pathlib import Path

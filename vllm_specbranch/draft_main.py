@@ -61,7 +61,7 @@ def _take_cores(cores: tuple[int, ...]) -> None:
 
 def main() -> None:
     """Serve until the parent closes the lifeline or sends Shutdown."""
-    # Ctrl-C goes to the whole process group: the engine decides when this process ends.
+    # The engine decides when this process ends, not who interrupts it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
     spec = ServerSpec.from_json(sys.stdin.buffer.readline())

@@ -176,7 +176,8 @@ def launch(
         stdin=subprocess.PIPE,
         env=child_environment(overrides, TARGET_ONLY_VARIABLES, defaults),
         # A group of its own: should this process die while the child is stopped, and cannot see its lifeline close, the system
-        # hangs it up, as it does with stopped groups that lose their last parent in the session.
+        # hangs it up, as it does with stopped groups that lose their last parent in the session. (Where the process that
+        # inherits the child is of the same session, it stays until it is continued.)
         process_group=0,
     )
     assert process.stdin is not None

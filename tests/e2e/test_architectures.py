@@ -63,9 +63,9 @@ def test_greedy_answers_and_features(run_engine: RunEngine, tmp_path: Path, arch
     engine = result["status"]["engine"]
     print(f"{architecture}: {engine['num_accepted_tokens']} draft tokens accepted in {engine['num_rounds']} rounds")
     assert num_ties <= 1
-    assert len({token for answer in done["answers"] for token in answer}) > NUM_PROMPTS, (
-        "a model that repeats itself shows nothing"
-    )
+    distinct = [len(set(answer)) for answer in done["answers"]]
+    print(f"distinct tokens per answer: {distinct}")
+    assert sorted(distinct)[NUM_PROMPTS // 2] > NUM_TOKENS // 4, "a model that repeats itself shows nothing"
     assert engine["num_accepted_tokens"] > engine["num_rounds"] / 3
     if with_features:
         (records,) = done["features"]

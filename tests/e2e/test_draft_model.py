@@ -13,6 +13,7 @@ pytest.importorskip("vllm")
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.architectures import VOCAB_SIZE, make_pair
 from tests.model_paths import DRAFT
 from vllm_specbranch.draft_model import DraftModel, DraftModelSettings, Row
 from vllm_specbranch.errors import ConfigError
@@ -173,6 +174,21 @@ def test_rollback_then_other_tokens(driver: Driver, keep: int) -> None:
     driver.rollback(seq, keep)
     token = driver.feed({seq: random_tokens(rng, 3)})[seq]
     driver.feed({seq: [token]})
+
+
+def test_a_rollback_behind_a_sliding_window(tmp_path: Path) -> None:
+    """Layers with a window of 32 tokens beside full ones: what has left the window is needed again after a rollback."""
+    _, path = make_pair(tmp_path, "gemma3")
+    model = DraftModel.load(settings(model=path, max_model_len=256, enforce_eager=True))
+    reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    driver, rng = Driver(model, reference), random.Random(9)
+    seq = driver.open()
+    driver.feed({seq: random_tokens(rng, 100, VOCAB_SIZE)})
+    driver.rollback(seq, 40)
+    branch = driver.fork(seq)
+    tokens = driver.feed({seq: random_tokens(rng, 3, VOCAB_SIZE), branch: random_tokens(rng, 30, VOCAB_SIZE)})
+    for _ in range(4):
+        tokens = driver.feed({one: [token] for one, token in tokens.items()})
 
 
 def test_rollback_of_a_fork_leaves_the_trunk_alone(driver: Driver) -> None:

@@ -63,7 +63,14 @@ def test_chunked_prefill_prefix_hits_preemptions_and_a_killed_draft_server(
         job(prompts, num_new_tokens, 16, disturb={"after_s": 1.0, "signals": [["SIGKILL", 0.0]]}),
         job(prompts[:32], num_new_tokens, 8, once_up=True),
     ]
-    result = run_engine(jobs, speculative={"policy": policy}, max_num_batched_tokens=64, num_gpu_blocks_override=60)
+    # Scheduler and worker in different processes: what one tells the other of resumed requests has to survive the way.
+    result = run_engine(
+        jobs,
+        speculative={"policy": policy},
+        in_process=False,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=60,
+    )
     for done in result["jobs"]:
         assert_same(done["answers"])
     metrics, status = result["metrics"], result["status"]

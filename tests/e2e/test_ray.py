@@ -70,6 +70,7 @@ def test_a_killed_actor_under_load_loses_nothing_and_drafting_resumes(
             jobs,
             speculative={**SETTINGS, "draft_ray_resources": {"draft_node": 1}, "reply_timeout_ms": 200},
             environment=ENVIRONMENT | cluster.environment,
+            in_process=False,
         )
         first, second = actors.result()
     for done in result["jobs"]:

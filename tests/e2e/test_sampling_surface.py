@@ -89,7 +89,7 @@ def ours(run_engine: RunEngine, bases: list[Base]) -> dict[str, Any]:
         {"requests": cases.sampled_with_grammars(bases)},
         {"requests": cases.sampled(bases)},
     ]
-    return run_engine(jobs, **OURS, **ENGINE)
+    return run_engine(jobs, in_process=False, **OURS, **ENGINE)
 
 
 @pytest.fixture(scope="module")

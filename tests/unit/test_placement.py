@@ -235,6 +235,8 @@ PARENT = """
 import os, signal, sys
 from vllm_specbranch.placement import ServerSpec, launch
 
+# `nohup` would be inherited.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sleeper = ("timeit", "-n1", "-r1", "__import__('time').sleep(600)")
 child = launch(ServerSpec.from_json(sys.stdin.buffer.readline()), {}, module=sleeper)
 os.kill(child.pid, signal.SIGSTOP)
