@@ -18,6 +18,7 @@ VOCAB_SIZE = 512
 SLIDING_WINDOW = 32
 # Of a standard deviation of the draft's weights: enough for misses, and not for many.
 DISTURBANCE = 0.05
+EMBEDDING_SCALE = {"gemma3": 0.05, "gpt2": 0.1}
 WITH_HIDDEN_STATES = ("qwen3", "granite")
 WITHOUT = ("gemma3", "gpt2")
 
@@ -70,6 +71,9 @@ def make_pair(folder: Path, architecture: str) -> tuple[str, str]:
                 weight.add_(torch.randn_like(weight) * 0.2)
             elif "lm_head" in name:
                 weight.normal_(std=0.2)
+            elif name.endswith(("embed_tokens.weight", "wte.weight")):
+                # What goes in would come out again where both ends are one matrix.
+                weight.mul_(EMBEDDING_SCALE.get(architecture, 1.0))
     draft = AutoModelForCausalLM.from_config(_config(architecture), dtype=torch.float32).eval()
     draft.load_state_dict(target.state_dict())
     with torch.no_grad():

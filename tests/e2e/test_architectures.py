@@ -65,7 +65,7 @@ def test_greedy_answers_and_features(run_engine: RunEngine, tmp_path: Path, arch
     assert num_ties <= 1
     distinct = [len(set(answer)) for answer in done["answers"]]
     print(f"distinct tokens per answer: {distinct}")
-    assert sorted(distinct)[NUM_PROMPTS // 2] > NUM_TOKENS // 4, "a model that repeats itself shows nothing"
+    assert sorted(distinct)[NUM_PROMPTS // 2] > NUM_TOKENS // 8, "a model that repeats itself shows nothing"
     assert engine["num_accepted_tokens"] > engine["num_rounds"] / 3
     if with_features:
         (records,) = done["features"]
