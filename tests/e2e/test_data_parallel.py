@@ -72,7 +72,9 @@ def generate_until_both_draft(server: Server, generate: Callable[[], None]) -> N
     while not all(now > then for now, then in zip(counts(), before, strict=True)):
         assert time.monotonic() < until, (before, counts())
         generate()
-    assert not any(server.metric("vllm:specbranch_foreign_drafts_total"))
+    assert server.metric("vllm:specbranch_foreign_drafts_total") == [0.0, 0.0], (
+        "what is verified is what was handed over"
+    )
 
 
 def test_each_engine_drafts_with_its_own_server_and_the_answers_are_plain_vllm_s(
