@@ -20,7 +20,7 @@ def job(prompts: list[list[int]]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def day(run_engine: RunEngine, job: dict[str, Any]) -> dict[str, Any]:
-    """24 blocks for requests of up to 8 blocks each; prompts are prefilled in chunks; three priorities."""
+    """16 blocks for requests of up to 8 blocks each; prompts are prefilled in chunks; three priorities."""
     return run_engine(
         [job],
         speculative={"num_speculative_tokens": 6, "reply_timeout_ms": 500},
@@ -29,7 +29,7 @@ def day(run_engine: RunEngine, job: dict[str, Any]) -> dict[str, Any]:
         max_model_len=CONTEXT,
         max_num_seqs=64,
         max_num_batched_tokens=128,
-        num_gpu_blocks_override=24,
+        num_gpu_blocks_override=16,
         scheduling_policy="priority",
     )
 
@@ -77,7 +77,8 @@ def test_every_other_answer_is_well_formed_and_no_request_is_lost(job: dict[str,
 def test_the_day_was_a_hard_one(day: dict[str, Any]) -> None:
     engine = day["status"]["engine"]
     assert day["num_aborted"] > 0.1 * NUM_REQUESTS
-    assert day["metrics"]["vllm:num_preemptions"] > 10
+    # 24 of both days here; how many depends on how many drafts come in time, so on the machine's pace.
+    assert day["metrics"]["vllm:num_preemptions"] > 3
     assert engine["num_accepted_tokens"] > 2 * NUM_REQUESTS
     assert engine["num_sampled_outcomes"] > 2 * NUM_REQUESTS
     assert engine["num_foreign_drafts"] == engine["num_unsound_distributions"] == 0
