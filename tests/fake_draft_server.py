@@ -1,7 +1,7 @@
 """A draft server process with a fake model and everything else real.
 
-Run as `python -m tests.fake_draft_server ADDRESS KEYS|insecure RATE`, the rate in messages per second of one peer.
-Says `ready ADDRESS` when it listens. Ends like `vllm-specbranch draft-server`.
+Run as `python -m tests.fake_draft_server ADDRESS KEYS|insecure RATE [HOST:PORT]`, the rate in messages per second of one peer, the
+last for its metrics and health. Says `ready ADDRESS [PORT]` when it listens. Ends like `vllm-specbranch draft-server`.
 """
 
 import sys
@@ -14,6 +14,7 @@ from vllm_specbranch.draft_loop import serve
 from vllm_specbranch.draft_main import make_server
 from vllm_specbranch.draft_sessions import Offer, SharedDraftServer
 from vllm_specbranch.draft_work import Limits
+from vllm_specbranch.http_status import HttpStatus
 from vllm_specbranch.keys import INSECURE, load_server_keys
 from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.rates import Rates
@@ -24,7 +25,7 @@ OFFER = Offer("identity", "float32", 4, max_requests=64)
 
 
 def main() -> None:
-    address, keys, messages_per_s = sys.argv[1:]
+    address, keys, messages_per_s, *http = sys.argv[1:]
     config = SpecBranchConfig.from_user({"model": "fake", "num_speculative_tokens": 4, "on_miss": "wait:1"})
     model = FakeDraftModel(400, BLOCK_SIZE)
     server = make_server(config, model, KVBlocks(400, BLOCK_SIZE), Limits(), offer=OFFER)
@@ -32,7 +33,10 @@ def main() -> None:
     security = INSECURE if keys == INSECURE else load_server_keys(keys)
     endpoint = bind(address, security, Rates(float(messages_per_s)))
     standalone.end_on_signals(server)
-    sys.stdout.write(f"ready {endpoint.address}\n")
+    statuses = [HttpStatus(one) for one in http]
+    for status in statuses:
+        status.watch(server, endpoint)
+    sys.stdout.write(" ".join(["ready", endpoint.address, *(str(one.port) for one in statuses)]) + "\n")
     sys.stdout.flush()
     serve(server, endpoint)
     standalone.take_leave(server, endpoint)

@@ -155,6 +155,7 @@ def _draft_server(args: argparse.Namespace) -> int:
         draft=args.settings | given,
         dtype=args.dtype,
         trust_remote_code=args.trust_remote_code,
+        http=args.http,
         **{name: limit for name, limit in limits.items() if limit is not None},
     )
     return standalone.run(settings, _write)
@@ -326,6 +327,7 @@ def _add_draft_server(server: argparse.ArgumentParser) -> None:
     add("--kv-cache-gib", type=_gibibytes, metavar="GIB", help="KV cache of the draft model (default: fits the device)")
     add("--max-engines", type=count, metavar="N", help="refuse further engines beyond so many (default 256)")
     add("--max-requests", type=count, metavar="N", help="of one engine at a time; others get no drafts (default 256)")
+    add("--http", metavar="HOST:PORT", help="serve /metrics, /health and /ready there, to anybody (default: nowhere)")
     add("--enforce-eager", action="store_true", help="do not compile: quicker start, slower run")
     add("--trust-remote-code", action="store_true", help="let the model bring its own code")
     add(

@@ -156,6 +156,7 @@ class _Post:
 
     def take_in(self, wait_ms: float) -> None:
         """Handle messages, after waiting for the first, for about `TURN_S`; answer at once what can be."""
+        self._server.turned_s = time.monotonic()
         self._collect(0.0 if self._turns.is_waiting else wait_ms)
         until_s = time.perf_counter() + TURN_S
         while (taken := self._turns.take()) is not None:

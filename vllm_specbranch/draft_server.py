@@ -40,6 +40,7 @@ class DraftServer(DraftSteps):
         is_stopping: whether the serving loop is to end.
         came_s: by the server's clock, the earliest time at which the message that is handled may have come.
         key: of who sent the message that is handled; the same empty one for all where there are no keys.
+        turned_s: when the serving loop last looked for messages, by `time.monotonic`.
     """
 
     takes_messages_in_flight = True
@@ -50,6 +51,7 @@ class DraftServer(DraftSteps):
         self.is_stopping = False
         self.came_s = math.inf
         self.key = ""
+        self.turned_s = 0.0
 
     # --- messages ---------------------------------------------------------------------------------------------------------
 

@@ -97,6 +97,11 @@ class SharedDraftServer(DraftServer):
         """Engines with a session."""
         return len(self._heard_s)
 
+    @property
+    def num_requests(self) -> int:
+        """Open requests of all engines."""
+        return len(self._requests)
+
     def has_session(self, peer: bytes) -> bool:
         """As of `DraftServer`: who has said `Hello` and was not refused."""
         return peer in self._heard_s

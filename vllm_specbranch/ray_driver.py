@@ -257,7 +257,7 @@ def _listen(lifeline: BinaryIO, parent: int, numbers: "queue.SimpleQueue[int]", 
 
 def main() -> None:
     """Serve the parent until it closes standard input or is gone."""
-    # Ctrl-C goes to the whole process group: the engine decides when this process ends.
+    # The engine decides when this process ends, not who interrupts it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = os.getppid()
     # What Ray prints, the actor's lines among it, is for the log.

@@ -259,6 +259,8 @@ class RayServer:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=child_environment({}, TARGET_ONLY_VARIABLES),
+            # As with a draft server (`placement.launch`): stopped, it would outlive this process.
+            process_group=0,
         )
         self._driver = driver
         # It inherits the target's cores, and would hand them on to a Ray that it starts.

@@ -4,6 +4,7 @@ Owns the life of the process: settings, cores, loading, the line that says it is
 open, takes leave of its engines, and exits. It is nobody's child: who started it restarts it.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ from vllm_specbranch.draft_model import DraftModel, DraftModelSettings
 from vllm_specbranch.draft_sessions import MAX_ENGINES, MAX_REQUESTS_PER_ENGINE, Offer, SharedDraftServer
 from vllm_specbranch.draft_work import Limits
 from vllm_specbranch.errors import ConfigError
+from vllm_specbranch.http_status import HttpStatus
 from vllm_specbranch.keys import INSECURE, ServerSecurity, load_server_keys
 from vllm_specbranch.kv_blocks import KVBlocks
 from vllm_specbranch.transport import ServerEndpoint, bind
@@ -45,6 +47,7 @@ class StandaloneSettings:
         draft: keys of `speculative_config`, as a user gives them.
         dtype: of the draft model; engines with another are refused.
         max_engines, max_requests: most engines at a time, and most open requests of one.
+        http: `host:port` for metrics and health; None for none.
     """
 
     bind: str
@@ -54,6 +57,7 @@ class StandaloneSettings:
     trust_remote_code: bool = False
     max_engines: int = MAX_ENGINES
     max_requests: int = MAX_REQUESTS_PER_ENGINE
+    http: str | None = None
 
 
 def run(settings: StandaloneSettings, write: Callable[[str], None]) -> int:
@@ -61,8 +65,13 @@ def run(settings: StandaloneSettings, write: Callable[[str], None]) -> int:
 
     Raises:
         ConfigError: settings that cannot work.
-        WireError: the address cannot be used, or is taken.
+        WireError: an address cannot be used, or is taken.
     """
+    with contextlib.ExitStack() as stack:
+        return _run(settings, write, stack)
+
+
+def _run(settings: StandaloneSettings, write: Callable[[str], None], stack: contextlib.ExitStack) -> int:
     config = _draft_settings(settings.draft)
     security: ServerSecurity = INSECURE if settings.keys is None else load_server_keys(settings.keys)
     if not is_tcp(settings.bind):
@@ -71,12 +80,16 @@ def run(settings: StandaloneSettings, write: Callable[[str], None]) -> int:
     bind(settings.bind, security).close()
     if config.draft_cpu_cores:
         _take_cores(config.draft_cpu_cores)
+    status = stack.enter_context(contextlib.closing(HttpStatus(settings.http))) if settings.http else None
     if security == INSECURE:
         logger.warning("Whoever reaches %s can use this draft server and read what travels.", settings.bind)
     server = _load(config, settings)
     endpoint = bind(settings.bind, security)
     try:
         end_on_signals(server)
+        if status is not None:
+            status.watch(server, endpoint)
+            write(f"/metrics, /health and /ready at port {status.port}\n")
         write(f"draft server ready at {endpoint.address}: {config.model}, {server.kv.num_blocks} KV blocks\n")
         serve(server, endpoint)
         take_leave(server, endpoint)

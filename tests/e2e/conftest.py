@@ -50,6 +50,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
         speculative: dict[str, Any] | None = None,
         in_process: bool = True,
         expect_kill: bool = False,
+        stop_driver: bool = False,
         environment: dict[str, str] | None = None,
         runner: str = "tests.e2e.generate",
         timeout_s: float = ENGINE_TIMEOUT_S,
@@ -72,7 +73,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> RunEngine:
                 "model": DRAFT,
                 "draft_cpu_cores": last_core(),
             } | speculative
-        spec = {"engine": engine, "jobs": jobs, "kill_engine": expect_kill}
+        spec = {"engine": engine, "jobs": jobs, "kill_engine": expect_kill, "stop_driver": stop_driver}
         variables = dict(os.environ) | (environment or {})
         if in_process:
             variables |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}

@@ -27,7 +27,7 @@ def main() -> None:
     result["children"] = [child.pid for child in psutil.Process().children(recursive=True)]
     Path(sys.argv[1]).write_text(json.dumps(result))
     if spec.get("kill_engine"):
-        kill_engine(result["children"])
+        kill_engine(result["children"], stop_driver=spec.get("stop_driver", False))
     del llm
 
 
@@ -180,8 +180,15 @@ class Disturbance(threading.Thread):
         return self._events
 
 
-def kill_engine(children: list[int]) -> None:
-    """Die as hard as possible, and take the engine core along; the draft side has to find out by itself."""
+def kill_engine(children: list[int], *, stop_driver: bool) -> None:
+    """Die as hard as possible, and take the engine core along; the draft side has to find out by itself.
+
+    Args:
+        stop_driver: stop what has Ray place the draft server first, so that it cannot.
+    """
+    for pid in children:
+        if stop_driver and "vllm_specbranch.ray_driver" in psutil.Process(pid).cmdline():
+            os.kill(pid, signal.SIGSTOP)
     for pid in children:
         if psutil.pid_exists(pid) and not is_of_the_draft_side(psutil.Process(pid)):
             os.kill(pid, signal.SIGKILL)

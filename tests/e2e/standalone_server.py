@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -33,6 +34,7 @@ class StandaloneServer:
 
     Attributes:
         nobodys_address: another one, at which there is no server.
+        model: what the next one loads.
     """
 
     def __init__(self, folder: Path, *, insecure: bool = False) -> None:
@@ -42,6 +44,7 @@ class StandaloneServer:
         self.address, self.nobodys_address = free_addresses(2)
         self._logs: list[Path] = []
         self._folder = folder
+        self.model = DRAFT
         self.process = self._begin()
 
     def start(self) -> None:
@@ -50,7 +53,8 @@ class StandaloneServer:
         self.wait_until_ready()
 
     def _begin(self) -> "subprocess.Popen[bytes]":
-        words = ["draft-server", "--model", DRAFT, "--bind", self.address, "--enforce-eager"]
+        words = ["draft-server", "--model", self.model, "--bind", self.address, "--enforce-eager"]
+        words += ["--http", "127.0.0.1:0"]
         words += ["--insecure"] if self.keys == "insecure" else ["--keys", self.keys]
         words += ["--dtype", "float32", "--cores", str(last_core()[0]), "--max-model-len", str(MAX_MODEL_LEN)]
         self._logs.append(self._folder / f"server-{len(self._logs)}.log")
@@ -67,6 +71,13 @@ class StandaloneServer:
         while f"draft server ready at {self.address}" not in self.log:
             assert self.process.poll() is None and time.monotonic() < until, self.log
             time.sleep(0.1)
+
+    @property
+    def http_port(self) -> int:
+        """Where the newest one tells its metrics."""
+        found = re.search(r"/metrics, /health and /ready at port (\d+)", self.log)
+        assert found, self.log
+        return int(found[1])
 
     @property
     def log(self) -> str:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import RunEngine
+from tests.processes import is_gone
 from tests.ray_cluster import RayCluster, ray_cluster
 
 # So small a target on two busy cores would often be right not to wait for drafts.
@@ -147,8 +148,13 @@ def test_workers_and_draft_server_share_the_placement_group_of_an_engine_that_ra
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("stop_driver", [False, True], ids=["driver", "stopped driver"])
 def test_ray_is_started_where_it_was_not_and_nothing_outlives_a_killed_engine(
-    run_engine: RunEngine, prompts: list[list[int]], assert_same: Same, plain_answers: list[list[int]]
+    run_engine: RunEngine,
+    prompts: list[list[int]],
+    assert_same: Same,
+    plain_answers: list[list[int]],
+    stop_driver: bool,
 ) -> None:
     directory = tempfile.mkdtemp(prefix="sbray", dir="/tmp")
     job = {"prompts": prompts[:4], "max_tokens": 32, "batch_size": 4, "slow_down_s": SLOW_DOWN_S}
@@ -159,21 +165,15 @@ def test_ray_is_started_where_it_was_not_and_nothing_outlives_a_killed_engine(
             environment=ENVIRONMENT | {"RAY_TMPDIR": directory, "RAY_ADDRESS": ""},
             in_process=False,
             expect_kill=True,
+            stop_driver=stop_driver,
         )
         assert_same(result["jobs"][0]["answers"], [answer[:32] for answer in plain_answers[:4]])
         assert "Ray was not running: started it on this machine" in result["log"]
         assert result["status"]["engine"]["num_accepted_tokens"] > 0
         left = {result["status"]["server_pid"], *result["children"]}
         until = time.monotonic() + 30.0
-        while left := {pid for pid in left if is_alive(pid)}:
+        while left := {pid for pid in left if not is_gone(pid)}:
             assert time.monotonic() < until, [psutil.Process(pid).cmdline() for pid in left]
             time.sleep(0.1)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from tests.fakes import FakeDraftModel
+from tests.processes import is_gone
 from tests.ray_cluster import RayCluster, ray_cluster
 from tests.remote_engine import Engine
 from vllm_specbranch import placement
@@ -99,13 +99,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def test_an_actor_on_another_node_is_reached_with_keys_and_survives_the_death_of_its_process(

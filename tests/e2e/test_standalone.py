@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 
 from tests.e2e.conftest import RunEngine
 from tests.e2e.standalone_server import StandaloneServer
+from tests.model_paths import DRAFT
+from vllm_specbranch.draft_identity import draft_identity
+from vllm_specbranch.weaken import weaken
 
 NUM_PROMPTS = 8
 # Two engines and a server share two cores here: few requests and a slow target, so that drafts come in time on a busy machine too.
@@ -40,8 +44,12 @@ def test_two_engines_share_a_server_that_is_killed_and_comes_back(
 ) -> None:
     """Greedy answers in float32 are plain vLLM's, before, during and after; both engines find the new server.
 
-    Each has an address more to go to, one first, one last, where nobody is.
+    Each has an address more to go to, one first, one last, where nobody is. The new server has other weights: an upgrade.
     """
+    upgrade = tmp_path / "upgrade"
+    weaken(Path(DRAFT), upgrade, noise=0.05)
+    assert draft_identity(upgrade) == draft_identity(DRAFT)
+    server.model = str(upgrade)
     back = tmp_path / "back"
     watch = threading.Thread(target=server.start_again_when_dead, args=(back,), daemon=True)
     watch.start()
@@ -88,9 +96,22 @@ def test_two_engines_share_a_server_that_is_killed_and_comes_back(
         assert result["status"]["server_pid"] is None, "no child of the engine's"
     assert results[0]["jobs"][1]["events"] == ["SIGKILL"]
     assert results[0]["status"]["engine"]["num_breaker_openings"] >= 1
+    assert str(upgrade) in server.log
+    assert metric(server, "rounds_total") > 0, "it has drafted for them"
+    assert metric(server, "requests") == 0
+
+
+def metric(server: StandaloneServer, name: str) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/metrics", timeout=10.0) as answer:
+        lines = answer.read().decode().splitlines()
+    (value,) = (line.split()[1] for line in lines if line.startswith(f"specbranch_draft_server_{name} "))
+    return float(value)
 
 
 def test_sigterm_ends_it_well(server: StandaloneServer) -> None:
+    for path in ("health", "ready"):
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.http_port}/{path}", timeout=10.0) as answer:
+            assert answer.status == 200
     os.kill(server.process.pid, signal.SIGTERM)
     assert server.process.wait(30.0) == 0
     assert server.log.endswith("draft server ended\n")

@@ -346,6 +346,30 @@ def test_every_reply_says_how_the_server_stands(ends: tuple[ClientChannel, Serve
     thread.join(TIMEOUT_MS / 1e3)
 
 
+def test_the_loop_turns_while_there_is_nothing_to_do_and_while_a_forward_is_under_way(
+    ends: tuple[ClientChannel, ServerEndpoint],
+) -> None:
+    client, endpoint = ends
+    model = GatedModel()
+    server, thread = served(model, endpoint)
+
+    def turns() -> bool:
+        before_s = time.monotonic()
+        until_s = before_s + TIMEOUT_MS / 1e3
+        while server.turned_s <= before_s and time.monotonic() < until_s:
+            time.sleep(0.01)
+        return server.turned_s > before_s
+
+    assert turns()
+    client.send(messages.StepBegin([messages.Open("a", [1, 2, 3], None)], []))
+    assert model.begun.acquire(timeout=TIMEOUT_MS / 1e3)
+    assert turns()
+    client.send(messages.Shutdown())
+    model.may_end.release(1000)
+    thread.join(TIMEOUT_MS / 1e3)
+    assert not thread.is_alive()
+
+
 def test_how_long_an_answer_took_rides_on_it(ends: tuple[ClientChannel, ServerEndpoint]) -> None:
     """From when the batch was taken in until the forward that it waits for is over; taking it in is a small part of that."""
     client, endpoint = ends

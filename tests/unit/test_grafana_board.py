@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import vllm
 
+from tests.unit.test_draft_sessions import Bench
+from vllm_specbranch import http_status
 from vllm_specbranch.metrics import METRICS, PREFIX
+from vllm_specbranch.transport import memory_pair
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BOARD: dict[str, Any] = json.loads((REPOSITORY / "examples" / "grafana" / "specbranch.json").read_text())
 PANELS: list[dict[str, Any]] = [one for one in BOARD["panels"] if one["type"] != "row"]
 QUERIES: list[str] = [target["expr"] for panel in PANELS for target in panel["targets"]]
-NAME = re.compile(r"vllm:[a-z0-9_]+")
+NAME = re.compile(rf"vllm:[a-z0-9_]+|{http_status.PREFIX}[a-z0-9_]+")
 GRID_WIDTH = 24  # Grafana's.
 
 
@@ -61,21 +64,33 @@ def vllm_s_own_names() -> str:
     return "".join((folder / name).read_text() for name in ("metrics/loggers.py", "spec_decode/metrics.py"))
 
 
+@pytest.fixture(scope="module")
+def draft_server_s_names() -> set[str]:
+    status = http_status.HttpStatus("127.0.0.1:0")
+    status.watch(Bench().server, memory_pair()[1])
+    status.close()
+    gauges = {http_status.PREFIX + name for name, _, _ in status.gauges()}
+    return gauges | {f"{http_status.PREFIX}{name}_total" for name, _, _ in status.counters()}
+
+
 @pytest.mark.parametrize("query", [*QUERIES, *(one["definition"] for one in BOARD["templating"]["list"][1:])])
-def test_every_metric_it_asks_for_exists(query: str) -> None:
+def test_every_metric_it_asks_for_exists(query: str, draft_server_s_names: set[str]) -> None:
     names = NAME.findall(query)
     assert names
     for name in names:
         if name.startswith(PREFIX):
             assert name in {one.name for one in METRICS}
+        elif name.startswith(http_status.PREFIX):
+            assert name in draft_server_s_names
         else:
             assert f'"{name.removesuffix("_total")}"' in vllm_s_own_names()
 
 
 @pytest.mark.parametrize("query", QUERIES)
 def test_counters_are_asked_for_their_growth_and_gauges_for_their_value(query: str) -> None:
-    labels = '{model_name=~"$model_name", engine=~"$engine"}'
     for found in NAME.finditer(query):
+        # A draft server that engines share is none of theirs.
+        labels = "" if found[0].startswith(http_status.PREFIX) else '{model_name=~"$model_name", engine=~"$engine"}'
         before, after = query[: found.start()], query[found.end() :]
         assert after.startswith(labels)
         grows = before.endswith(("rate(", "increase("))

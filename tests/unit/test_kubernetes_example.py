@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,13 @@ def test_selectors_meet_their_pods(name: str) -> None:
 def test_only_targets_reach_the_pool() -> None:
     (policy,) = (one for kind, one in RESOURCES if kind == "NetworkPolicy")
     assert policy["spec"]["podSelector"]["matchLabels"] == DRAFT["spec"]["template"]["metadata"]["labels"]
-    ((allowed,),) = (rule["from"] for rule in policy["spec"]["ingress"])
+    rules = {rule["ports"][0]["port"]: rule["from"] for rule in policy["spec"]["ingress"] if len(rule["ports"]) == 1}
+    assert len(rules) == len(policy["spec"]["ingress"])
+    assert rules.keys() == {"draft", "http"}
+    (allowed,) = rules["draft"]
     assert allowed["podSelector"]["matchLabels"] == TARGET["spec"]["template"]["metadata"]["labels"]
+    (allowed,) = rules["http"]
+    assert allowed.keys() == {"namespaceSelector"}
 
 
 def test_the_pool_s_command_is_ours() -> None:
@@ -94,8 +100,10 @@ def test_the_pool_s_command_is_ours() -> None:
     assert program == "vllm-specbranch"
     args = cli._parser().parse_args(words)
     _, port = tcp_host_and_port(args.bind, to_bind=True)
-    assert [one["containerPort"] for one in draft["ports"]] == [port]
-    assert str(port) in draft["livenessProbe"]["exec"]["command"][-1]
+    _, http_port = tcp_host_and_port(f"tcp://{args.http}", to_bind=True)
+    assert {one["name"]: one["containerPort"] for one in draft["ports"]} == {"draft": port, "http": http_port}
+    notes = DRAFT["spec"]["template"]["metadata"]["annotations"]
+    assert notes["prometheus.io/port"] == str(http_port)
     assert str(args.keys) in [one["mountPath"] for one in draft["volumeMounts"]]
 
 
@@ -142,34 +150,43 @@ def test_keys_are_not_committed(tmp_path: Path) -> None:
     assert keys.SERVER_SECRET in (FOLDER / "kustomization.yaml").read_text()
 
 
-# --- the probe that tells whether a draft server is alive -------------------------------------------------------------------
+# --- the probes, of a draft server that hangs or ends -------------------------------------------------------------------------
 
 
 @pytest.fixture
 def server() -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-m", "tests.fake_draft_server", "tcp://127.0.0.1:0", "insecure", "1000"]
+    words = ["tcp://127.0.0.1:0", "insecure", "1000", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "tests.fake_draft_server", *words]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as found:
         yield found
         found.kill()
 
 
-def probe(port: str) -> int:
-    """Run the manifest's own words; 0 for a server that is alive."""
-    words = container(DRAFT)["livenessProbe"]["exec"]["command"]
-    command = [word.replace("5600", port) for word in words]
-    return subprocess.run([sys.executable, *command[1:]], capture_output=True, timeout=SOON_S, check=False).returncode
+def probe(name: str, port: str) -> bool:
+    """Ask what the manifest asks, for as long as it waits."""
+    words = container(DRAFT)[name]
+    assert words["httpGet"]["port"] == "http"
+    url = f"http://127.0.0.1:{port}{words['httpGet']['path']}"
+    try:
+        with urllib.request.urlopen(url, timeout=words.get("timeoutSeconds", 1)) as answer:
+            return 200 <= answer.status < 400
+    except OSError:
+        return False
 
 
-def test_the_liveness_probe_sees_a_server_that_hangs(server: "subprocess.Popen[str]") -> None:
+def test_the_probes_see_a_server_that_hangs(server: "subprocess.Popen[str]") -> None:
     assert server.stdout is not None
-    port = server.stdout.readline().split()[1].rpartition(":")[2]
-    assert probe(port) == 0
+    port = server.stdout.readline().split()[2]
+    names = ("startupProbe", "readinessProbe", "livenessProbe")
+    until = time.monotonic() + SOON_S
+    while not all(probe(name, port) for name in names):
+        assert time.monotonic() < until
     os.kill(server.pid, signal.SIGSTOP)
-    assert probe(port) != 0, "the kernel still takes connections for it"
+    assert not any(probe(name, port) for name in names), "the kernel still takes connections for it"
     os.kill(server.pid, signal.SIGCONT)
     until = time.monotonic() + SOON_S
-    while probe(port) != 0:
+    while not all(probe(name, port) for name in names):
         assert time.monotonic() < until
     server.kill()
     server.wait()
-    assert probe(port) != 0
+    assert not any(probe(name, port) for name in names)

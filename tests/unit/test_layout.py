@@ -92,6 +92,7 @@ ROOMS = {
     "head_report": room("head_data head_rules head_training length_head report", "torch"),
     "head_rules": room("head_data length_head", "torch"),
     "head_training": room("errors head_data length_head", "torch"),
+    "http_status": room("addresses draft_sessions errors metrics transport", "prometheus_client"),
     "keys": room("errors", "zmq"),
     "kv_blocks": room("errors"),
     "length_head": room("errors", "safetensors torch"),
@@ -147,8 +148,8 @@ ROOMS = {
     "snapshots": room("messages metrics"),
     "speculative_config": room("config draft_check errors head_check keys plugin ray_cluster", "pydantic vllm"),
     "standalone": room(
-        "addresses config draft_identity draft_loop draft_main draft_model draft_sessions draft_work errors keys kv_blocks "
-        "transport",
+        "addresses config draft_identity draft_loop draft_main draft_model draft_sessions draft_work errors http_status keys "
+        "kv_blocks transport",
         "torch",
     ),
     "stat_logger": room("metrics", "vllm"),

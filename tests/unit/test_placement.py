@@ -1,6 +1,5 @@
 """Cores, back-off and the child's life, with a tiny script in place of the draft server."""
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.processes import SLEEPER, assert_a_stopped_child_ends
 from vllm_specbranch import back_off, placement
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_model import DraftModelSettings
@@ -231,40 +231,16 @@ def test_stop_leaves_neither_process_nor_directory(stand_in: Path) -> None:
     assert not directory.exists()
 
 
-PARENT = """
-import os, signal, sys
+PARENT = f"""
+import sys
 from vllm_specbranch.placement import ServerSpec, launch
 
-# `nohup` would be inherited.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-sleeper = ("timeit", "-n1", "-r1", "__import__('time').sleep(600)")
-child = launch(ServerSpec.from_json(sys.stdin.buffer.readline()), {}, module=sleeper)
-os.kill(child.pid, signal.SIGSTOP)
-os.waitpid(child.pid, os.WUNTRACED)
-print(child.pid, flush=True)
-sys.stdin.read()
+child = launch(ServerSpec.from_json(sys.stdin.buffer.readline()), {{}}, module={SLEEPER})
 """
 
 
 def test_a_stopped_child_does_not_outlive_its_parent() -> None:
-    """It cannot see that its lifeline has closed, so the system has to end it."""
-    spec = ServerSpec("ipc:///nowhere/draft.sock", None, MODEL, CONFIG).to_json() + b"\n"
-    # A session of its own: who inherits the child has to be in another one, as the first process of a machine is.
-    with subprocess.Popen(
-        [sys.executable, "-c", PARENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-    ) as parent:
-        assert parent.stdin is not None
-        assert parent.stdout is not None
-        parent.stdin.write(spec)
-        parent.stdin.flush()
-        child = psutil.Process(int(parent.stdout.readline()))
-        try:
-            assert child.status() == psutil.STATUS_STOPPED
-            parent.kill()
-            wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
-        finally:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
+    assert_a_stopped_child_ends(PARENT, ServerSpec("ipc:///nowhere/draft.sock", None, MODEL, CONFIG).to_json() + b"\n")
 
 
 def test_the_child_gets_none_of_the_targets_thread_settings(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import msgspec
-import psutil
 import pytest
 
 from tests import fake_ray
 from tests.fake_ray import GROUP
 from tests.model_paths import REPOSITORY
+from tests.processes import is_gone
 from vllm_specbranch import ray_driver
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_model import DraftModelSettings
@@ -91,13 +91,6 @@ def wait_for(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 # --- the driver ---------------------------------------------------------------------------------------------------------

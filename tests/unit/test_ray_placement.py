@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import zmq
 
+from tests.processes import SLEEPER, assert_a_stopped_child_ends
 from vllm_specbranch import ray_placement
 from vllm_specbranch.config import SpecBranchConfig
 from vllm_specbranch.draft_model import DraftModelSettings
@@ -212,6 +213,26 @@ def test_settings_that_cannot_work_are_not_tried_again(ray: Ray, caplog: pytest.
     assert not server.ensure_running()
     assert server.is_hopeless
     assert sum("cannot work with these settings" in record.message for record in caplog.records) == 1
+
+
+PARENT = f"""
+from vllm_specbranch import ray_placement
+from vllm_specbranch.config import SpecBranchConfig
+from vllm_specbranch.draft_model import DraftModelSettings
+from vllm_specbranch.ray_messages import TargetPlace
+
+ray_placement.driver_module = {SLEEPER}
+config = SpecBranchConfig.from_user({{"model": "draft", "draft_placement": "ray"}})
+server = ray_placement.RayServer(config, DraftModelSettings("draft", 64), TargetPlace("none"), on_cpu=True)
+assert server.ensure_running()
+child = server._driver
+"""
+
+
+def test_a_stopped_driver_does_not_outlive_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the killed parent leaves there is the child's to remove, and the sleeper does not.
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert_a_stopped_child_ends(PARENT)
 
 
 def test_a_refusal_and_a_stop_are_for_good(ray: Ray) -> None:
