@@ -12,7 +12,12 @@ SOON_S = 20.0
 # What a parent may start in place of a child's module: it never reads its standard input.
 SLEEPER = ("timeit", "-n1", "-r1", "__import__('time').sleep(600)")
 
-# After what starts `child`.
+# Before what starts `child`: who runs the tests under `nohup` has children that ignore being hung up.
+_LISTEN = """
+import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+# After it.
 _STOP_AND_WAIT = """
 import os, signal, sys
 os.kill(child.pid, signal.SIGSTOP)
@@ -31,7 +36,7 @@ def assert_a_stopped_child_ends(parent_source: str, line: bytes = b"\n") -> None
     """
     # A session of its own: who inherits the child has to be in another one, as the first process of a machine is.
     with subprocess.Popen(
-        [sys.executable, "-c", parent_source + _STOP_AND_WAIT],
+        [sys.executable, "-c", _LISTEN + parent_source + _STOP_AND_WAIT],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,

@@ -157,6 +157,7 @@ class _Post:
     def take_in(self, wait_ms: float) -> None:
         """Handle messages, after waiting for the first, for about `TURN_S`; answer at once what can be."""
         self._server.turned_s = time.monotonic()
+        self._server.look_around()
         self._collect(0.0 if self._turns.is_waiting else wait_ms)
         until_s = time.perf_counter() + TURN_S
         while (taken := self._turns.take()) is not None:
@@ -214,6 +215,7 @@ class _Post:
         for peer, reply in replies:
             if isinstance(reply, messages.DraftBatch) and reply.is_final:
                 if (taken_s := self._taken_s.pop(peer, None)) is not None:
+                    self._server.counters.num_answers += 1
                     self._server.counters.answer_us += _us_since(taken_s)
                 self._server.counters.num_malformed_messages = self._endpoint.num_dropped
                 self._server.counters.num_flood_messages = self._endpoint.num_refused

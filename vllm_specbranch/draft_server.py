@@ -83,6 +83,9 @@ class DraftServer(DraftSteps):
             self._peers[peer].pending = None
         return [(peer, messages.Farewell(OVERRUN))]
 
+    def look_around(self) -> None:
+        """What is due at some time, whether messages come or not; called at every turn of the loop."""
+
     def has_session(self, peer: bytes) -> bool:
         """Whether an engine has been admitted; who started this server is, whatever it says."""
         del peer

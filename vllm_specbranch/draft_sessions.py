@@ -80,6 +80,9 @@ class SharedDraftServer(DraftServer):
     Args:
         args, kwargs: those of `DraftServer`.
         offer: what it has.
+
+    Attributes:
+        num_engines: heard of within a lease, as of a second ago at most. Sessions stay for longer.
     """
 
     def __init__(self, *args: Any, offer: Offer, **kwargs: Any) -> None:
@@ -90,6 +93,7 @@ class SharedDraftServer(DraftServer):
         # Whose they are: who has several connections has one key, and what it calls itself costs nothing to change.
         self._keys: dict[bytes, str] = {}
         self._looked_s = self._clock()
+        self.num_engines = 0
         self._warned_s = -math.inf
 
     @property
@@ -101,6 +105,10 @@ class SharedDraftServer(DraftServer):
     def num_requests(self) -> int:
         """Open requests of all engines."""
         return len(self._requests)
+
+    def look_around(self) -> None:
+        """As of `DraftServer`: leases end when their time is over, also while nobody says anything."""
+        self._end_leases()
 
     def has_session(self, peer: bytes) -> bool:
         """As of `DraftServer`: who has said `Hello` and was not refused."""
@@ -285,6 +293,7 @@ class SharedDraftServer(DraftServer):
         if now_s - self._looked_s < LEASE_S / 30:
             return
         self._looked_s = now_s
+        self.num_engines = sum(now_s - heard_s <= LEASE_S for heard_s in self._heard_s.values())
         gone = {peer for peer, heard_s in self._heard_s.items() if now_s - heard_s > LEASE_S}
         expired = [key for key in self._requests if key[0] in gone]
         for key in expired:

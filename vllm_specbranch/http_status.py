@@ -1,11 +1,12 @@
 """What a draft server of its own tells over HTTP: `/metrics` for Prometheus, `/health` and `/ready` for whoever restarts it.
 
 Owns the port, its threads, and the names of the metrics: those of `metrics`, of all engines together, under a prefix of their own,
-because engines tell their shares of the same counts themselves. The serving thread never waits for it: whole numbers are read
-beside it. Without keys: for a network that only operators reach, and off unless it is asked for.
+because engines tell their shares of the same counts themselves. Owns none of the figures: whole numbers are read beside the serving
+thread, which takes no lock for it. Without keys: for a network that only operators reach, and off unless it is asked for; whoever
+knocks anyway gets so many connections for so long. Runs in the draft server process.
 
     /health   200 while the serving thread turns (also while a model loads), 503 once it has hung for HUNG_AFTER_S
-    /ready    200 while engines are admitted, 503 before the model is loaded and from SIGTERM on
+    /ready    200 while the server serves, 503 before the model is loaded and from SIGTERM on
 """
 
 import contextlib
@@ -16,9 +17,9 @@ import time
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any
-from urllib.parse import urlsplit
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -31,8 +32,10 @@ from vllm_specbranch.transport import ServerEndpoint
 PREFIX = "specbranch_draft_server_"
 # A turn lasts half a second where nothing happens; a forward that hangs ends the process sooner (`draft_loop.LONGEST_FORWARD_S`).
 HUNG_AFTER_S = 15.0
-# A client that is slower than this is not served.
-CLIENT_TIMEOUT_S = 5.0
+# A connection is ended after this, whatever it was about; and of all together there are no more at a time.
+LONGEST_CONNECTION_S = 5.0
+MOST_CONNECTIONS = 32
+POLL_S = 0.05
 
 _COUNTERS = [one for one in METRICS if one.key.startswith("server.")]
 
@@ -57,7 +60,7 @@ class HttpStatus:
         registry.register(_ServerCollector(self))
         ProcessCollector(registry=registry)
         self._http = _listen(address, self, registry)
-        threading.Thread(target=self._http.serve_forever, name="http", daemon=True).start()
+        threading.Thread(target=self._http.serve_forever, args=(POLL_S,), name="http", daemon=True).start()
 
     @property
     def port(self) -> int:
@@ -78,20 +81,20 @@ class HttpStatus:
 
     @property
     def is_ready(self) -> bool:
-        """Whether engines are admitted."""
+        """Whether it serves."""
         return self._server is not None and not self._server.is_stopping and self.is_healthy
 
     def gauges(self) -> Iterator[tuple[str, str, float]]:
         """(name, documentation, value) of how it stands."""
         yield (
             "ready",
-            "1 while engines are admitted: the model is loaded, and the server neither hangs nor ends.",
+            "1 once the model is loaded, while the server neither hangs nor ends.",
             self.is_ready,
         )
         server = self._server
         if server is None:
             return
-        yield "engines", "Engines with a session.", server.num_sessions
+        yield "engines", "Engines heard of within the last 30 s.", server.num_engines
         yield "requests", "Open requests of all engines.", server.num_requests
         yield "queued_rows", "Rows left for later by the newest draft step.", server.num_queued_rows
         yield "kv_blocks_held", "KV blocks of the draft model in use.", server.kv.num_held
@@ -114,12 +117,13 @@ class HttpStatus:
         }
         for one in _COUNTERS:
             yield one.suffix.removesuffix("_total"), one.documentation, counters[one.key.removeprefix("server.")]
+        yield "answers", "Commit batches answered.", counters["num_answers"]
         yield (
             "answer_seconds",
             "Time from taking commit batches in until they were answered.",
             counters["answer_us"] / 1e6,
         )
-        yield "handling_seconds", "The part of it in which they were handled.", counters["handling_us"] / 1e6
+        yield "handling_seconds", "Time in which commit batches were handled.", counters["handling_us"] / 1e6
 
     def close(self) -> None:
         """Let go of the port. Safe to call again."""
@@ -140,43 +144,79 @@ class _ServerCollector(Collector):
             yield CounterMetricFamily(PREFIX + name, documentation, value)
 
 
-def _listen(address: str, status: HttpStatus, registry: CollectorRegistry) -> http.server.ThreadingHTTPServer:
+class _HttpServer(http.server.ThreadingHTTPServer):
+    """A thread for each connection, of which there are few at a time, none for long."""
+
+    request_queue_size = 128
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, handler: type[http.server.BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._began_s: dict[socket.socket, float] = {}
+        super().__init__(("" if host == "*" else host, port), handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if len(self._began_s) >= MOST_CONNECTIONS:
+            self.shutdown_request(request)
+            return
+        self._began_s[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._began_s.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """End what has lasted too long; between any two looks for new connections."""
+        now_s = time.monotonic()
+        for request, began_s in list(self._began_s.items()):
+            if now_s - began_s > LONGEST_CONNECTION_S:
+                # Its thread sees the end of the stream.
+                with contextlib.suppress(OSError):
+                    request.shutdown(socket.SHUT_RDWR)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients that go in the middle are none of ours to report: the log must not be theirs to fill."""
+
+
+def _listen(address: str, status: HttpStatus, registry: CollectorRegistry) -> _HttpServer:
     try:
         host, port = tcp_host_and_port(f"tcp://{address}", to_bind=True)
     except WireError as error:
         raise ConfigError(address, "host:port, with * for every interface and 0 for any port", "--http") from error
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        timeout = CLIENT_TIMEOUT_S
+        timeout = LONGEST_CONNECTION_S
         server_version = "vllm-specbranch"
 
         def do_GET(self) -> None:
-            answer = _answer(urlsplit(self.path).path, status, registry)
-            code, kind, content = answer
+            path = self.path.partition("?")[0]
+            code, kind, content = _answer(path, self.headers.get("Accept", ""), status, registry)
             self.send_response(code)
             self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            with contextlib.suppress(OSError):
-                self.wfile.write(content)
+            self.wfile.write(content)
 
         def log_message(self, format: str, *args: Any) -> None:
             """Probes come every few seconds: not for the log."""
 
-    class Server(http.server.ThreadingHTTPServer):
-        address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-
     try:
-        return Server(("" if host == "*" else host, port), Handler)
+        return _HttpServer(host, port, Handler)
     except OSError as error:
         raise WireError(f"cannot listen at {address} (--http): {error.strerror or error}") from error
 
 
-def _answer(path: str, status: HttpStatus, registry: CollectorRegistry) -> tuple[HTTPStatus, str, bytes]:
-    """(status, content type, content) for a path."""
+def _answer(path: str, accepted: str, status: HttpStatus, registry: CollectorRegistry) -> tuple[HTTPStatus, str, bytes]:
+    """(status, content type, content) for a path.
+
+    Args:
+        accepted: what the client says that it reads.
+    """
     match path:
         case "/metrics":
-            return HTTPStatus.OK, CONTENT_TYPE_LATEST, generate_latest(registry)
+            encode, kind = choose_encoder(accepted)
+            return HTTPStatus.OK, kind, encode(registry)
         case "/health":
             is_good = status.is_healthy
         case "/ready":

@@ -30,8 +30,8 @@ def _as_dict(counters: Any) -> dict[str, Any]:
 class DraftServerCounters:
     """What a draft server counts.
 
-    `answer_us` is the time from a commit batch taken in until its reply went out, `handling_us` the part of it in which the batch
-    was handled; the rest is draft steps that the reply waited for. Both are of all engines together.
+    `answer_us` is the time from a commit batch taken in until its reply went out, of `num_answers` such; `handling_us` that in
+    which batches were handled; the rest is draft steps that the replies waited for. All three are of all engines together.
     """
 
     num_rounds: int = 0
@@ -56,6 +56,7 @@ class DraftServerCounters:
     num_expired_requests: int = 0
     num_malformed_messages: int = 0
     num_flood_messages: int = 0
+    num_answers: int = 0
     answer_us: int = 0
     handling_us: int = 0
 
@@ -177,7 +178,7 @@ class Metric:
 # a wait, which benchmarks read.
 UNPUBLISHED = frozenset(
     {"engine.num_draft_tokens", "engine.num_accepted_tokens", "scheduler.num_preemptions"}
-    | {"engine.messages_s", "server.answer_us", "server.handling_us"}
+    | {"engine.messages_s", "server.num_answers", "server.answer_us", "server.handling_us"}
 )
 
 _DESCRIBED = (

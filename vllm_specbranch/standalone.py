@@ -76,11 +76,14 @@ def _run(settings: StandaloneSettings, write: Callable[[str], None], stack: cont
     security: ServerSecurity = INSECURE if settings.keys is None else load_server_keys(settings.keys)
     if not is_tcp(settings.bind):
         raise ConfigError(settings.bind, "tcp://host:port", "--bind")
-    # Looked at before minutes are spent on a model.
+    # Both are looked at before minutes are spent on a model.
+    status = None
+    if settings.http is not None:
+        status = stack.enter_context(contextlib.closing(HttpStatus(settings.http)))
+        write(f"/metrics, /health and /ready at port {status.port}\n")
     bind(settings.bind, security).close()
     if config.draft_cpu_cores:
         _take_cores(config.draft_cpu_cores)
-    status = stack.enter_context(contextlib.closing(HttpStatus(settings.http))) if settings.http else None
     if security == INSECURE:
         logger.warning("Whoever reaches %s can use this draft server and read what travels.", settings.bind)
     server = _load(config, settings)
@@ -89,7 +92,6 @@ def _run(settings: StandaloneSettings, write: Callable[[str], None], stack: cont
         end_on_signals(server)
         if status is not None:
             status.watch(server, endpoint)
-            write(f"/metrics, /health and /ready at port {status.port}\n")
         write(f"draft server ready at {endpoint.address}: {config.model}, {server.kv.num_blocks} KV blocks\n")
         serve(server, endpoint)
         take_leave(server, endpoint)

@@ -186,13 +186,20 @@ def kill_engine(children: list[int], *, stop_driver: bool) -> None:
     Args:
         stop_driver: stop what has Ray place the draft server first, so that it cannot.
     """
-    for pid in children:
-        if stop_driver and "vllm_specbranch.ray_driver" in psutil.Process(pid).cmdline():
-            os.kill(pid, signal.SIGSTOP)
+    if stop_driver:
+        (driver,) = (one for one in psutil.Process().children(recursive=True) if is_ray_driver(one))
+        driver.suspend()
     for pid in children:
         if psutil.pid_exists(pid) and not is_of_the_draft_side(psutil.Process(pid)):
             os.kill(pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_ray_driver(process: psutil.Process) -> bool:
+    try:
+        return "vllm_specbranch.ray_driver" in process.cmdline()
+    except psutil.NoSuchProcess:
+        return False
 
 
 def is_of_the_draft_side(process: psutil.Process) -> bool:

@@ -1,6 +1,8 @@
 """What a draft server of its own tells over HTTP: right names and figures, health, readiness, and nobody kept waiting."""
 
+import contextlib
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.unit.test_draft_sessions import ONE, TWO, Bench
+from vllm_specbranch import http_status
+from vllm_specbranch.draft_sessions import LEASE_S
 from vllm_specbranch.errors import ConfigError, WireError
 from vllm_specbranch.http_status import HUNG_AFTER_S, PREFIX, HttpStatus
 from vllm_specbranch.metrics import DraftServerCounters
@@ -65,6 +69,9 @@ def test_counts_and_gauges_are_those_of_all_engines(status: HttpStatus, clock: C
         bench.open(peer, *names)
         bench.commit(peer, "a")
     bench.run()
+    bench.clock.now_s += 2.0
+    bench.server.look_around()
+    bench.server.counters.num_answers = 5
     bench.server.counters.answer_us, bench.server.counters.handling_us = 2_500_000, 500_000
     status.watch(bench.server, endpoint)
     clock.now_s += 2.0
@@ -72,22 +79,47 @@ def test_counts_and_gauges_are_those_of_all_engines(status: HttpStatus, clock: C
     assert (found["ready"], found["engines"], found["requests"], found["turn_age_seconds"]) == (1, 2, 3, 2)
     assert found["kv_blocks"] == bench.server.kv.num_blocks
     assert found["kv_blocks_held"] == bench.server.kv.num_held > 0
-    assert (found["answer_seconds_total"], found["handling_seconds_total"]) == (2.5, 0.5)
+    assert (found["answer_seconds_total"], found["answers_total"], found["handling_seconds_total"]) == (2.5, 5, 0.5)
     counters = bench.server.counters
     assert found["rounds_total"] == counters.num_rounds == 2
     assert found["draft_steps_total"] == counters.num_steps > 0
     assert found["drafted_tokens_total"] == counters.num_drafted_tokens > 0
 
 
+def test_engines_that_are_gone_are_told_no_more_also_while_nobody_speaks(status: HttpStatus) -> None:
+    bench = Bench()
+    bench.greet(ONE)
+    bench.open(ONE, "a")
+    status.watch(bench.server, memory_pair()[1])
+    bench.clock.now_s += 2.0
+    bench.server.look_around()
+    assert (scrape(status)[PREFIX + "engines"], scrape(status)[PREFIX + "requests"]) == (1, 1)
+    bench.clock.now_s += LEASE_S
+    bench.server.look_around()
+    found = scrape(status)
+    assert [found[PREFIX + name] for name in ("engines", "requests", "kv_blocks_held")] == [0, 0, 0]
+    assert found[PREFIX + "expired_requests_total"] == 1
+
+
+class Endpoint:
+    """What is asked of one."""
+
+    num_dropped = 1001
+    num_refused = 1002
+
+
 def test_every_counter_is_told(status: HttpStatus) -> None:
     bench = Bench()
-    status.watch(bench.server, memory_pair()[1])
-    values = {name: 3 + number for number, name in enumerate(DraftServerCounters().as_dict())}
+    status.watch(bench.server, Endpoint())  # type: ignore[arg-type]
+    values = {name: 103 + number for number, name in enumerate(DraftServerCounters().as_dict())}
     for name, value in values.items():
         setattr(bench.server.counters, name, value)
-    told = set(scrape(status).values())
+    found = {name: value for name, value in scrape(status).items() if name.startswith(PREFIX)}
+    assert found[PREFIX + "malformed_messages_total"] == Endpoint.num_dropped
+    assert found[PREFIX + "flood_messages_total"] == Endpoint.num_refused
     seconds = {"answer_us", "handling_us"}
     of_the_endpoint = {"num_malformed_messages", "num_flood_messages"}
+    told = set(found.values())
     assert {value for name, value in values.items() if name not in seconds | of_the_endpoint} <= told
     assert {values[name] / 1e6 for name in seconds} <= told
 
@@ -113,13 +145,48 @@ def test_other_paths_name_those_that_there_are(status: HttpStatus) -> None:
     assert get(status, "/metrics?name[]=up")[0] == 200
 
 
-def test_who_says_nothing_or_goes_away_keeps_nobody_waiting(status: HttpStatus) -> None:
-    with socket.create_connection(("127.0.0.1", status.port)):
-        assert get(status, "/health")[0] == 200
-    for said in (b"GET /metrics HTTP/1.1\r\n\r\n", b"\0" * 5000, b"POST /metrics HTTP/1.1\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", status.port)) as line:
-            line.sendall(said)
+def reset(line: socket.socket) -> None:
+    """Go without a farewell."""
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    line.close()
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET /metrics HTTP/1.1\r\n\r\n", b"GET http://[ HTTP/1.0\r\n\r\n", b"\0" * 5000]
+)
+def test_who_goes_in_the_middle_leaves_nothing_in_the_log(
+    status: HttpStatus, said: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(5):
+        line = socket.create_connection(("127.0.0.1", status.port))
+        line.sendall(said)
+        reset(line)
     assert get(status, "/health")[0] == 200
+    assert capfd.readouterr() == ("", "")
+
+
+def test_who_is_slow_is_ended_and_who_has_many_lines_keeps_nobody_out_for_long(
+    status: HttpStatus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_status, "LONGEST_CONNECTION_S", 1.0)
+    lines = [socket.create_connection(("127.0.0.1", status.port)) for _ in range(2 * http_status.MOST_CONNECTIONS)]
+    ended_s = time.monotonic() + 10.0
+    is_served = False
+    while not is_served and time.monotonic() < ended_s:
+        # A byte now and then is no request.
+        for line in lines:
+            with contextlib.suppress(OSError):
+                line.send(b"G")
+        try:
+            is_served = get(status, "/health")[0] == 200
+        except OSError:
+            time.sleep(0.1)
+    assert is_served
+    for line in lines:
+        line.settimeout(10.0)
+        with contextlib.suppress(ConnectionError):
+            assert line.recv(1) == b""
+        line.close()
 
 
 @pytest.mark.parametrize("address", ["", "9600", "localhost", "http://localhost:1", "127.0.0.1:70000", "a b:1"])

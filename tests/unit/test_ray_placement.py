@@ -1,6 +1,7 @@
 """When a draft server under Ray is begun, given up and begun again, with a script in place of Ray's driver."""
 
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -229,10 +230,11 @@ child = server._driver
 """
 
 
-def test_a_stopped_driver_does_not_outlive_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What the killed parent leaves there is the child's to remove, and the sleeper does not.
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    assert_a_stopped_child_ends(PARENT)
+def test_a_stopped_driver_does_not_outlive_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the killed parent leaves there is the child's to remove, and the sleeper does not. Short enough for a socket's path.
+    with tempfile.TemporaryDirectory(prefix="sb", dir="/tmp") as directory:
+        monkeypatch.setenv("TMPDIR", directory)
+        assert_a_stopped_child_ends(PARENT)
 
 
 def test_a_refusal_and_a_stop_are_for_good(ray: Ray) -> None:
